@@ -1,0 +1,83 @@
+# Every target does its own set-up in .venv. Nothing but Python (3.10 or later), a C++20 compiler and
+# make is needed beforehand:   make demo   ·   make test   ·   make help
+#
+#   make PYTHON=python3.12 test      another interpreter for a new .venv
+#   make demo ARGS=--quick           arguments of the command behind demo, test, bench, verify-full
+
+PYTHON ?= python3
+TORCH  ?= torch==2.14.1
+ARGS   ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+CSRC  := $(shell find csrc -type f 2>/dev/null)
+# The stamps decide what is done, not whether .venv is there: it may have been made by hand.
+DEPS  := $(VENV)/.stamp-deps
+BUILD := $(VENV)/.stamp-build
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo doctor test lint format verify-full bench wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         the main job: a real BERT, swapped, compared and timed (demo-out/)"
+	@echo "make test         all tests"
+	@echo "make lint         ruff, mypy --strict, clang-format, the architecture test"
+	@echo "make bench        the speed and memory table (bench/RESULTS.md)"
+	@echo "make wheel        one cp310-abi3 wheel in dist/"
+	@echo "make verify-full  that wheel under torch 2.10.0, 2.13.0 and 2.14.1, in fresh environments"
+	@echo "make doctor       what this machine can use, and why not the rest"
+	@echo "make format       ruff format and clang-format"
+
+setup: $(BUILD)
+
+# Dependencies, and the first build of the extension with them.
+$(DEPS): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastattn needs Python 3.10 or later; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (the first time downloads torch)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,test,lint]"
+	@touch $@
+
+# Later changes under csrc/ compile in place, and only what changed.
+$(BUILD): $(CSRC) setup.py | $(DEPS)
+	@test -z "$$(find csrc setup.py -newer $(DEPS))" || $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: $(BUILD)
+	$(BIN)/python -m fastattn demo --out demo-out $(ARGS)
+
+doctor: $(BUILD)
+	$(BIN)/python -m fastattn doctor $(ARGS)
+
+test: $(BUILD)
+	@mkdir -p build
+	$(BIN)/python -m pytest --basetemp=build/pytest-tmp $(ARGS)
+
+lint: $(BUILD)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m pytest -q --basetemp=build/pytest-tmp tests/test_architecture.py
+
+format: $(BUILD)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+bench: $(BUILD)
+	$(BIN)/python -m bench $(ARGS)
+
+wheel: $(BUILD)
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+verify-full: $(BUILD)
+	$(BIN)/python -m pip install --quiet "abi3audit>=0.0.20"
+	$(BIN)/python tests/verify_wheel.py $(ARGS)
+
+clean:
+	rm -rf build dist demo-out bench/out fastattn/*.so $(DEPS) $(BUILD)

@@ -1,0 +1,391 @@
+// torch.ops.fastattn.attention_{fwd,bwd} on the CPU: checks, allocation, launch. Stable ABI only.
+//
+// The Python layer has named every mistake already; what is checked here keeps a direct call of the
+// op, or one compiled with other values, inside its tensors.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/attention.h"
+#include "../cpu/isa.h"
+
+namespace {
+
+using fastattn::AttentionGrads;
+using fastattn::AttentionParams;
+using fastattn::Broadcast;
+using fastattn::DType;
+using fastattn::Operand;
+using fastattn::Weights;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Opt = std::optional<Tensor>;
+
+#define FASTATTN_CHECK(cond, ...) STD_TORCH_CHECK(cond, "fastattn::attention: ", __VA_ARGS__)
+
+DType dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::kF32;
+    case ScalarType::BFloat16: return DType::kBf16;
+    case ScalarType::Half: return DType::kF16;
+    case ScalarType::Bool: return DType::kBool;
+    default:
+      STD_TORCH_CHECK(false, "fastattn::attention: ", name,
+                      " must be float32, bfloat16 or float16 for the CPU kernels");
+  }
+}
+
+fastattn::Parallel threads() {
+  fastattn::Parallel p;
+  p.threads = int(torch::stable::get_num_threads());
+  p.run = [](int n, void (*fn)(void*, int), void* ctx) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) fn(ctx, int(w));
+    });
+  };
+  return p;
+}
+
+// The arguments that forward and backward share, in schema order.
+struct Shared {
+  Opt mask, bias, q_lens, k_lens, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed;
+  double scale;
+  int64_t causal, window_left, window_right;
+  double softcap, dropout_p;
+  int64_t weights, max_seqlen_q, max_seqlen_k;
+};
+
+// Values of a small integer tensor, as int64.
+std::vector<int64_t> integers(const Tensor& x, int64_t n, const char* name) {
+  FASTATTN_CHECK(x.dim() == 1 && x.size(0) == n, name, " must have shape (", n, ",)");
+  std::vector<int64_t> out;
+  const int64_t step = x.stride(0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (x.scalar_type() == ScalarType::Int)
+      out.push_back(static_cast<const int32_t*>(x.const_data_ptr())[i * step]);
+    else if (x.scalar_type() == ScalarType::Long)
+      out.push_back(static_cast<const int64_t*>(x.const_data_ptr())[i * step]);
+    else
+      FASTATTN_CHECK(false, name, " must be int32 or int64");
+  }
+  return out;
+}
+
+std::vector<float> floats(const Tensor& x) {
+  const Tensor f = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+  const float* p = static_cast<const float*>(f.const_data_ptr());
+  return std::vector<float>(p, p + f.numel());
+}
+
+Operand operand(const Tensor& x, bool packed) {
+  Operand o;
+  o.ptr = const_cast<void*>(x.const_data_ptr());
+  if (packed)
+    o.s = x.stride(0), o.h = x.stride(1), o.d = x.stride(2);
+  else
+    o.b = x.stride(0), o.h = x.stride(1), o.s = x.stride(2), o.d = x.stride(3);
+  return o;
+}
+
+// x as a broadcast view of (B, H, Sq, Sk); limits are checked so that no index leaves it.
+Broadcast broadcast(const Tensor& x, const int64_t (&limits)[4], const char* name) {
+  Broadcast out;
+  out.ptr = x.const_data_ptr();
+  out.dtype = dtype_of(x, name);
+  int64_t* const strides[4] = {&out.b, &out.h, &out.i, &out.j};
+  FASTATTN_CHECK(x.dim() <= 4, name, " must have at most 4 dimensions, got ", x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    const int64_t at = 4 - x.dim() + d, n = x.size(d);
+    FASTATTN_CHECK(n == 1 || n >= limits[at], name, " dimension ", d, " must be 1 or ", limits[at],
+                   ", got ", n);
+    *strides[at] = n == 1 ? 0 : x.stride(d);
+  }
+  return out;
+}
+
+// Everything the launch needs that is not a view of a tensor.
+struct Call {
+  AttentionParams p;
+  bool packed = false;
+  std::vector<int64_t> q_len, k_len, q_start, k_start;
+  std::vector<float> alibi, sinks;
+
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Shared& a) {
+    packed = a.cu_seqlens_q.has_value();
+    const int64_t dims = packed ? 3 : 4;
+    for (const Tensor* x : {&q, &k, &v}) {
+      FASTATTN_CHECK(x->dim() == dims, "q, k and v must have ", dims, " dimensions, got ",
+                     x->dim());
+      FASTATTN_CHECK(x->scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
+    }
+    p.dtype = dtype_of(q, "q");
+    FASTATTN_CHECK(p.dtype != DType::kBool, "q must be float32, bfloat16 or float16");
+    const int64_t heads = 1, last = dims - 1;
+    p.H = q.size(heads), p.Hk = k.size(heads), p.D = q.size(last), p.Dv = v.size(last);
+    FASTATTN_CHECK(k.size(last) == p.D, "k must have head_dim ", p.D, " to match q, got ",
+                   k.size(last));
+    FASTATTN_CHECK(v.size(heads) == p.Hk, "v must have k's ", p.Hk, " heads, got ", v.size(heads));
+    FASTATTN_CHECK(p.H == p.Hk || (p.Hk > 0 && p.H % p.Hk == 0),
+                   "q's heads must be a multiple of k's, got ", p.H, " and ", p.Hk);
+    FASTATTN_CHECK(p.D > 0 && p.Dv > 0, "head_dim must be at least 1");
+    p.q = operand(q, packed), p.k = operand(k, packed), p.v = operand(v, packed);
+    if (packed) {
+      set_packed(q, k, v, a);
+    } else {
+      p.B = q.size(0), p.Sq = q.size(2), p.Sk = k.size(2);
+      FASTATTN_CHECK(k.size(0) == p.B && v.size(0) == p.B, "q, k and v must have one batch size");
+      FASTATTN_CHECK(v.size(2) == p.Sk, "v must have k's length ", p.Sk, ", got ", v.size(2));
+      if (a.q_lens) p.q_len = lengths(*a.q_lens, p.B, p.Sq, "q_lens", q_len);
+      if (a.k_lens) p.k_len = lengths(*a.k_lens, p.B, p.Sk, "k_lens", k_len);
+    }
+    const int64_t limits[4] = {p.B, p.H, p.Sq, p.Sk};
+    if (a.mask) {
+      FASTATTN_CHECK(a.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+      p.mask = broadcast(*a.mask, limits, "mask");
+    }
+    if (a.bias) p.bias = broadcast(*a.bias, limits, "bias");
+    if (a.alibi_slopes) {
+      const bool two = a.alibi_slopes->dim() == 2;
+      FASTATTN_CHECK(a.alibi_slopes->numel() == (two ? p.B : 1) * p.H,
+                     "alibi_slopes must have shape (H,) or (B, H)");
+      alibi = floats(*a.alibi_slopes);
+      p.alibi = alibi.data(), p.alibi_b = two ? p.H : 0;
+    }
+    if (a.sinks) {
+      FASTATTN_CHECK(a.sinks->numel() == p.H, "sinks must have shape (H,)");
+      sinks = floats(*a.sinks);
+      p.sinks = sinks.data();
+    }
+    p.scale = float(a.scale), p.softcap = float(a.softcap);
+    FASTATTN_CHECK(a.causal >= 0 && a.causal <= 2, "causal must be 0, 1 or 2, got ", a.causal);
+    p.causal = fastattn::Causal(a.causal);
+    p.window_left = a.window_left, p.window_right = a.window_right;
+    FASTATTN_CHECK(a.dropout_p >= 0. && a.dropout_p < 1., "dropout_p must be in [0, 1), got ",
+                   a.dropout_p);
+    p.dropout_p = a.dropout_p;
+    if (p.dropout_p > 0.) {
+      FASTATTN_CHECK(a.seed && a.seed->scalar_type() == ScalarType::Long && a.seed->numel() == 1,
+                     "dropout needs seed, a 1-element int64 tensor");
+      p.seed = uint64_t(*static_cast<const int64_t*>(a.seed->const_data_ptr()));
+    }
+    FASTATTN_CHECK(a.weights >= 0 && a.weights <= 2, "weights must be 0, 1 or 2");
+    p.weights_mode = Weights(a.weights);
+  }
+
+  // Strides of lse: (H, Tq) packed, (B, H, Sq) padded.
+  void set_lse(const Tensor& lse, const Tensor& lse_lo) {
+    p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+    if (p.bias.ptr) p.lse_lo = static_cast<float*>(const_cast<void*>(lse_lo.const_data_ptr()));
+    if (packed)
+      p.lse_h = lse.stride(0), p.lse_s = lse.stride(1);
+    else
+      p.lse_b = lse.stride(0), p.lse_h = lse.stride(1), p.lse_s = lse.stride(2);
+  }
+
+ private:
+  static const int64_t* lengths(const Tensor& x, int64_t n, int64_t limit, const char* name,
+                                std::vector<int64_t>& out) {
+    out = integers(x, n, name);
+    for (const int64_t len : out)
+      FASTATTN_CHECK(0 <= len && len <= limit, name, " must be in [0, ", limit, "], got ", len);
+    return out.data();
+  }
+
+  static int64_t starts(const Tensor& cu, int64_t n, int64_t tokens, const char* name,
+                        std::vector<int64_t>& start, std::vector<int64_t>& len) {
+    const std::vector<int64_t> at = integers(cu, n + 1, name);
+    FASTATTN_CHECK(at[0] == 0, name, " must start with 0, got ", at[0]);
+    int64_t longest = 0;
+    for (int64_t b = 0; b < n; ++b) {
+      const int64_t here = at[size_t(b + 1)] - at[size_t(b)];
+      FASTATTN_CHECK(here >= 0, name, " must not decrease, got ", at[size_t(b)], " then ",
+                     at[size_t(b + 1)]);
+      start.push_back(at[size_t(b)]), len.push_back(here);
+      longest = std::max(longest, here);
+    }
+    FASTATTN_CHECK(at.back() <= tokens, name, " must end within the ", tokens, " tokens given, got ",
+                   at.back());
+    return longest;
+  }
+
+  void set_packed(const Tensor& q, const Tensor& k, const Tensor& v, const Shared& a) {
+    FASTATTN_CHECK(a.cu_seqlens_k, "cu_seqlens_k must come with cu_seqlens_q");
+    FASTATTN_CHECK(a.cu_seqlens_q->dim() == 1 && a.cu_seqlens_q->size(0) >= 1,
+                   "cu_seqlens_q must have shape (B + 1,)");
+    FASTATTN_CHECK(v.size(0) == k.size(0), "v must have k's ", k.size(0), " tokens, got ",
+                   v.size(0));
+    p.B = a.cu_seqlens_q->size(0) - 1;
+    p.Sq = starts(*a.cu_seqlens_q, p.B, q.size(0), "cu_seqlens_q", q_start, q_len);
+    p.Sk = starts(*a.cu_seqlens_k, p.B, k.size(0), "cu_seqlens_k", k_start, k_len);
+    if (a.weights || a.mask || a.bias) {
+      FASTATTN_CHECK(a.max_seqlen_q >= p.Sq && a.max_seqlen_k >= p.Sk,
+                     "max_seqlen_q and max_seqlen_k must be at least the longest sequences ", p.Sq,
+                     " and ", p.Sk, ", got ", a.max_seqlen_q, " and ", a.max_seqlen_k);
+      p.Sq = a.max_seqlen_q, p.Sk = a.max_seqlen_k;
+    }
+    p.q_len = q_len.data(), p.k_len = k_len.data();
+    p.q_start = q_start.data(), p.k_start = k_start.data();
+  }
+};
+
+Tensor empty_f32(const Tensor& like, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+// The memory order of a result: see _empty_as in fastattn/ops/attention_op.py.
+Tensor empty_as(const Tensor& x, int64_t width) {
+  const int64_t n = x.dim();
+  if (n == 3) return torch::stable::new_empty(x, {x.size(0), x.size(1), width});
+  if (x.is_contiguous())
+    return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), width});
+  return torch::stable::transpose(
+      torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), width}), 1, 2);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
+    Tensor q, Tensor k, Tensor v, Opt mask, Opt bias, Opt q_lens, Opt k_lens, Opt cu_seqlens_q,
+    Opt cu_seqlens_k, Opt alibi_slopes, Opt sinks, Opt seed, double scale, int64_t causal,
+    int64_t window_left, int64_t window_right, double softcap, double dropout_p, int64_t weights,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  Call call(q, k, v,
+            {mask, bias, q_lens, k_lens, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed,
+             scale, causal, window_left, window_right, softcap, dropout_p, weights, max_seqlen_q,
+             max_seqlen_k});
+  AttentionParams& p = call.p;
+  Tensor o = empty_as(q, p.Dv);
+  const std::vector<int64_t> lse_shape = call.packed ? std::vector<int64_t>{p.H, q.size(0)}
+                                                     : std::vector<int64_t>{p.B, p.H, p.Sq};
+  Tensor lse = empty_f32(q, lse_shape);
+  Tensor lse_lo = empty_f32(q, bias ? lse_shape : std::vector<int64_t>{0});
+  std::vector<int64_t> w_shape = {0};
+  if (p.weights_mode == Weights::kFull) w_shape = {p.B, p.H, p.Sq, p.Sk};
+  if (p.weights_mode == Weights::kMean) w_shape = {p.B, p.Sq, p.Sk};
+  Tensor w = torch::stable::new_empty(q, w_shape);
+  if (call.packed) {  // tokens of no sequence
+    torch::stable::zero_(o);
+    torch::stable::fill_(lse, -INFINITY);
+    if (bias) torch::stable::zero_(lse_lo);
+  }
+  p.o = operand(o, call.packed);
+  call.set_lse(lse, lse_lo);
+  p.weights.ptr = const_cast<void*>(w.const_data_ptr());
+  if (p.weights_mode == Weights::kFull)
+    p.weights.b = p.H * p.Sq * p.Sk, p.weights.h = p.Sq * p.Sk, p.weights.s = p.Sk;
+  if (p.weights_mode == Weights::kMean) p.weights.b = p.Sq * p.Sk, p.weights.s = p.Sk;
+  fastattn::attention_forward(p, threads());
+  return {o, lse, lse_lo, w};
+}
+
+enum Need : int64_t { kDq = 1, kDk = 2, kDv = 4, kDbias = 8, kDsinks = 16 };
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    Opt d_o, Opt dlse, Opt dweights, Tensor q, Tensor k, Tensor v, Opt o, Tensor lse,
+    Tensor lse_lo, Opt mask, Opt bias, Opt q_lens, Opt k_lens, Opt cu_seqlens_q, Opt cu_seqlens_k,
+    Opt alibi_slopes, Opt sinks, Opt seed, double scale, int64_t causal, int64_t window_left,
+    int64_t window_right, double softcap, double dropout_p, int64_t weights, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, int64_t need) {
+  Call call(q, k, v,
+            {mask, bias, q_lens, k_lens, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed,
+             scale, causal, window_left, window_right, softcap, dropout_p, weights, max_seqlen_q,
+             max_seqlen_k});
+  AttentionParams& p = call.p;
+  call.set_lse(lse, lse_lo);
+  FASTATTN_CHECK(lse.numel() == (call.packed ? q.size(0) : p.B * p.Sq) * p.H,
+                 "lse must be the forward's");
+  AttentionGrads g;
+  const auto check_rows = [&](const Tensor& x, const char* name) {
+    FASTATTN_CHECK(x.dim() == q.dim() && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
+                       x.size(-1) == p.Dv && x.scalar_type() == q.scalar_type() &&
+                       (call.packed || x.size(2) == p.Sq),
+                   name, " must have the shape and dtype of the forward's output");
+  };
+  if (d_o) {
+    check_rows(*d_o, "do");
+    g.d_o = operand(*d_o, call.packed);
+    if (need & ~kDv) {
+      FASTATTN_CHECK(o.has_value(), "o must be given with do");
+      check_rows(*o, "o");
+      p.o = operand(*o, call.packed);
+    }
+  }
+  std::optional<Tensor> dlse_c;
+  if (dlse) {
+    FASTATTN_CHECK(dlse->numel() == lse.numel(), "dlse must have lse's shape");
+    dlse_c = torch::stable::contiguous(*dlse);
+    FASTATTN_CHECK(lse.is_contiguous(), "lse must be contiguous");
+    g.dlse = static_cast<const float*>(dlse_c->const_data_ptr());
+  }
+  if (dweights && weights) {
+    const Tensor& w = *dweights;
+    FASTATTN_CHECK(w.scalar_type() == q.scalar_type(), "dweights must have q's dtype");
+    const bool mean = p.weights_mode == Weights::kMean;
+    FASTATTN_CHECK(w.dim() == (mean ? 3 : 4) && w.size(0) == p.B && w.size(-2) == p.Sq &&
+                       w.size(-1) == p.Sk && (mean || w.size(1) == p.H),
+                   "dweights must have the weights' shape");
+    g.dweights = {w.const_data_ptr(),
+                  p.dtype,
+                  w.stride(0),
+                  mean ? 0 : w.stride(1),
+                  w.stride(w.dim() - 2),
+                  w.stride(w.dim() - 1)};
+    g.dweights_scale = mean ? 1.f / float(p.H) : 1.f;
+  }
+  const auto result = [&](const Tensor& like, bool wanted, Operand& to) {
+    if (!wanted) return torch::stable::new_empty(q, {0});
+    Tensor x = empty_as(like, like.size(-1));
+    if (call.packed) torch::stable::zero_(x);
+    to = operand(x, call.packed);
+    return x;
+  };
+  Tensor dq = result(q, need & kDq, g.dq), dk = result(k, need & kDk, g.dk),
+         dv = result(v, need & kDv, g.dv);
+  Tensor dbias = torch::stable::new_empty(q, {0}), dsinks = dbias;
+  if ((need & kDbias) && bias) {
+    std::vector<int64_t> shape;
+    for (int64_t d = 0; d < bias->dim(); ++d) shape.push_back(bias->size(d));
+    dbias = torch::stable::new_zeros(*bias, shape, ScalarType::Float);
+    int64_t* const strides[4] = {&g.dbias_b, &g.dbias_h, &g.dbias_i, &g.dbias_j};
+    for (int64_t d = 0; d < bias->dim(); ++d)
+      *strides[4 - bias->dim() + d] = bias->size(d) == 1 ? 0 : dbias.stride(d);
+    g.dbias = static_cast<float*>(const_cast<void*>(dbias.const_data_ptr()));
+  }
+  if ((need & kDsinks) && sinks) {
+    dsinks = torch::stable::new_zeros(*sinks, {p.H}, ScalarType::Float);
+    g.dsinks = static_cast<float*>(const_cast<void*>(dsinks.const_data_ptr()));
+  }
+  fastattn::attention_backward(p, g, threads());
+  if (g.dbias) dbias = torch::stable::to(dbias, bias->scalar_type());
+  if (g.dsinks) dsinks = torch::stable::to(dsinks, sinks->scalar_type());
+  return {dq, dk, dv, dbias, dsinks};
+}
+
+int64_t cpu_isas_available(int64_t) { return fastattn::isas_available(); }
+
+// Returns the instruction set in use; isa >= 0 chooses one first.
+int64_t cpu_isa_force(int64_t isa) {
+  if (isa >= 0)
+    STD_TORCH_CHECK(fastattn::force_isa(fastattn::Isa(isa)),
+                    "fastattn::cpu_isa_force: not available on this machine");
+  return int64_t(fastattn::current_isa());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isas_available", TORCH_BOX(&cpu_isas_available));
+  m.impl("cpu_isa_force", TORCH_BOX(&cpu_isa_force));
+}

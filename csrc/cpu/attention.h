@@ -1,0 +1,91 @@
+// Fused attention on the CPU: the torch-free interface.
+//
+//   S = q k^T, logits = features(scale * S), P = softmax(logits), o = dropout(P) v
+//
+// B batch, H query heads, Hk key/value heads, Sq / Sk rows of q / k, D and Dv head dims. Strides are
+// in elements. The caller owns every pointer; kernels write only o, lse, lse_lo, weights and the
+// d* results, and all of each. No call allocates anything of size Sq * Sk.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace fastattn {
+
+enum class DType : int { kF32 = 0, kBf16 = 1, kF16 = 2, kBool = 3 };
+
+// (B, H, S, X) operand; the last dimension has a stride too.
+struct Operand {
+  void* ptr = nullptr;
+  int64_t b = 0, h = 0, s = 0, d = 0;
+};
+
+// Broadcast to (B, H, Sq, Sk): a broadcast dimension has stride 0. ptr null = absent.
+struct Broadcast {
+  const void* ptr = nullptr;
+  DType dtype = DType::kF32;
+  int64_t b = 0, h = 0, i = 0, j = 0;
+};
+
+enum class Causal : int { kNone = 0, kTopLeft = 1, kBottomRight = 2 };
+enum class Weights : int { kNone = 0, kFull = 1, kMean = 2 };
+
+struct AttentionParams {
+  int64_t B = 0, H = 0, Hk = 0, D = 0, Dv = 0;
+  int64_t Sq = 0, Sk = 0;  // padded: of the tensors; packed: the longest sequence
+  DType dtype = DType::kF32;
+  Operand q, k, v;
+  Operand o;            // unit stride in d
+  float* lse = nullptr;     // natural log
+  float* lse_lo = nullptr;  // what fp32 lse cannot hold (see RowStats); null without a bias
+  int64_t lse_b = 0, lse_h = 0, lse_s = 0;
+
+  // One per batch entry; null = all of Sq / Sk, from 0. Checked by the binding.
+  const int64_t *q_len = nullptr, *k_len = nullptr;
+  const int64_t *q_start = nullptr, *k_start = nullptr;  // packed: first token
+
+  Broadcast mask, bias;
+  const float* alibi = nullptr;  // slope of (b, h) at alibi[b * alibi_b + h]
+  int64_t alibi_b = 0;
+  const float* sinks = nullptr;  // (H,)
+  float scale = 1.f;
+  float softcap = 0.f;  // 0 = off
+  Causal causal = Causal::kNone;
+  int64_t window_left = -1, window_right = -1;  // -1 = unlimited
+  double dropout_p = 0.;
+  uint64_t seed = 0;
+
+  Weights weights_mode = Weights::kNone;
+  Operand weights;  // written where asked for: kFull (B, H, Sq, Sk), kMean (B, Sq, Sk) with h = 0
+};
+
+struct AttentionGrads {
+  Operand d_o;                   // upstream, any strides; null where o is not used
+  const float* dlse = nullptr;   // strides of lse; null = 0
+  Broadcast dweights;            // upstream of the weights (kMean: h stride 0); null = 0
+  float dweights_scale = 1.f;    // kMean: 1 / H
+  Operand dq, dk, dv;            // null = not wanted; unit stride in d
+  float* dbias = nullptr;        // fp32, zeroed by the caller, own contiguous shape
+  int64_t dbias_b = 0, dbias_h = 0, dbias_i = 0, dbias_j = 0;  // its strides, 0 = broadcast
+  float* dsinks = nullptr;       // (H,), zeroed by the caller
+};
+
+void attention_forward(const AttentionParams& p, const Parallel& parallel);
+void attention_backward(const AttentionParams& p, const AttentionGrads& g,
+                        const Parallel& parallel);
+
+// One pair of these in each instruction set's namespace; the functions above choose.
+#define FASTATTN_DECLARE_ISA(isa)                                                             \
+  namespace isa {                                                                             \
+  void attention_forward(const AttentionParams& p, const Parallel& parallel);                 \
+  void attention_backward(const AttentionParams& p, const AttentionGrads& g,                  \
+                          const Parallel& parallel);                                          \
+  }
+FASTATTN_DECLARE_ISA(portable)
+FASTATTN_DECLARE_ISA(avx2)
+FASTATTN_DECLARE_ISA(avx512)
+FASTATTN_DECLARE_ISA(amx)
+#undef FASTATTN_DECLARE_ISA
+
+}  // namespace fastattn

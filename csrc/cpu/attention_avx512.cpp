@@ -1,0 +1,9 @@
+#define FASTATTN_ISA avx512
+#define FASTATTN_LEVEL 2
+#if defined(__x86_64__)
+#include "target_begin.h"
+
+#include "attention_isa.h"
+
+#include "target_end.h"
+#endif

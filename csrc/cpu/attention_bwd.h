@@ -1,0 +1,422 @@
+// Attention backward: P is recomputed a tile at a time from q, k and lse (Dao et al. 2022).
+//
+//   delta = rowsum(do * o) - dlse + rowsum(dweights * weights)
+//   P = exp(logits - lse);  dv += dropout(P)^T do
+//   dP = dropout(do v^T + dweights);  dS = P * (dP - delta)
+//   dbias += dS;  dq += scale dS k;  dk += scale dS^T q;  dsinks -= sum exp(sink - lse) delta
+//
+// Five products where one item owns a kv head; with fewer heads than threads two passes (dk and dv by
+// keys, dq by rows: seven products) instead of partial sums. Every sum has one owner and a fixed order:
+// the result is bitwise repeatable, without atomics. dbias gets a pass of its own only where a bias
+// is shared by items that run at the same time.
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// ---- delta ------------------------------------------------------------------------------------
+
+// delta (B, H, Sq), laid out as lse; rows beyond a length are not written.
+template <class E>
+void compute_delta(const Problem& prob, const AttentionGrads& g, const Parallel& parallel,
+                   float* delta) {
+  using T = typename E::Storage;
+  const AttentionParams& p = prob.p;
+  constexpr int64_t kChunk = 256;
+  const int64_t chunks = div_up(p.Sq, kChunk);
+  Queue queue(p.B * p.Hk * chunks);
+  const bool small = p.B * p.H * p.Sq * p.Dv < kSerialWork && !g.dweights.ptr;
+  parallel.workers(small ? 1 : parallel.threads, [&](int) {
+    std::unique_ptr<ProbWorker<E>> worker;
+    if (g.dweights.ptr) worker = std::make_unique<ProbWorker<E>>(prob);
+    for (int64_t item; queue.next(&item);) {
+      const int64_t b = item / (p.Hk * chunks), hk = item / chunks % p.Hk;
+      const Sequence s = prob.sequence(b);
+      const int64_t i0 = item % chunks * kChunk, i1 = std::min(i0 + kChunk, s.Sq);
+      if (i0 >= i1) continue;
+      const auto at = [&](int64_t h, int64_t i) {
+        return b * p.lse_b + h * p.lse_h + (s.q_start + i) * p.lse_s;
+      };
+      for (int64_t h = hk * prob.group; h < (hk + 1) * prob.group; ++h) {
+        for (int64_t i = i0; i < i1; ++i) {
+          float sum = 0.f;
+          // A row with no key has o = 0 and passes no gradient: its do may hold anything.
+          if (g.d_o.ptr && p.o.ptr && p.lse[at(h, i)] != kNegInf) {
+            const T* d_o = row_ptr<const T>(g.d_o, b, h, s.q_start + i);
+            const T* o = row_ptr<const T>(p.o, b, h, s.q_start + i);
+            int64_t d = 0;
+            if (g.d_o.d == 1) {
+              vf c = {};
+              for (; d + W <= p.Dv; d += W) c = fma(load(d_o + d), load(o + d), c);
+              sum = reduce_add(c);
+            }
+            for (; d < p.Dv; ++d) sum += to_float(d_o[d * g.d_o.d]) * to_float(o[d]);
+          }
+          delta[at(h, i)] = sum - (g.dlse ? g.dlse[at(h, i)] : 0.f);
+        }
+        if (!worker) continue;
+        const Broadcast& w = g.dweights;
+        const int64_t first = (h - hk * prob.group) * s.Sq;
+        worker->visit(b, hk, first + i0, first + i1,
+                      [&](int64_t, int64_t i, int64_t j0, int64_t n,
+                          const float* weights) FASTATTN_LAMBDA {
+                        const T* dw = static_cast<const T*>(w.ptr) + b * w.b + h * w.h + i * w.i;
+                        float sum = 0.f;
+                        for (int64_t t = 0; t < n; ++t)
+                          sum += weights[t] * to_float(dw[(j0 + t) * w.j]);
+                        delta[at(h, i)] += g.dweights_scale * sum;
+                      });
+      }
+    }
+  });
+}
+
+inline void compute_dsinks(const Problem& prob, const float* delta, float* dsinks,
+                           const Parallel& parallel) {
+  const AttentionParams& p = prob.p;
+  Queue queue(p.H);
+  parallel.workers(p.B * p.H * p.Sq < 1 << 16 ? 1 : parallel.threads, [&](int) {
+    for (int64_t h; queue.next(&h);) {
+      double sum = 0.;
+      for (int64_t b = 0; b < p.B; ++b) {
+        const Sequence s = prob.sequence(b);
+        for (int64_t i = 0; i < s.Sq; ++i) {
+          const int64_t at = b * p.lse_b + h * p.lse_h + (s.q_start + i) * p.lse_s;
+          if (p.lse[at] == kNegInf) continue;
+          const float lo = p.lse_lo ? p.lse_lo[at] : 0.f;
+          sum -= double(std::exp(p.sinks[h] - p.lse[at] - lo)) * delta[at];
+        }
+      }
+      dsinks[h] = float(sum);
+    }
+  });
+}
+
+// ---- the passes ---------------------------------------------------------------------------------
+
+// What one item computes: rows [row0, row1) of heads [h0, h1) of a kv head against keys [key0, key1).
+struct GradItem {
+  int64_t b, hk, h0, h1, row0, row1, key0, key1;
+  bool dq, dkv, dbias;
+  int64_t cost;
+};
+
+template <class E>
+class BackwardWorker {
+ public:
+  using T = typename E::Storage;
+
+  BackwardWorker(const Problem& problem, const AttentionGrads& grads, const float* delta)
+      : prob_(problem), p_(problem.p), g_(grads), delta_(delta), engine_(problem.p) {
+    s_.reserve(E::kBM * E::kBN), dp_.reserve(E::kBM * E::kBN);
+    drop_.reserve(E::kBN), dcap_.reserve(E::kBN);
+  }
+
+  void run(const GradItem& item) {
+    const Sequence s = prob_.sequence(item.b);
+    dq_ = item.dq && g_.dq.ptr, dk_ = item.dkv && g_.dk.ptr;
+    dv_ = item.dkv && g_.dv.ptr && g_.d_o.ptr;
+    dbias_ = item.dbias;
+    const int64_t keys = item.key1 - item.key0, padded = round_up(keys, E::kBN);
+    const bool many = item.h1 - item.h0 > 1;  // dk, dv of all keys live through all heads
+    const int64_t acc_keys = many ? padded : std::min<int64_t>(padded, E::kBN);
+    if (item.dkv) {
+      std::fill_n(dk_acc_.reserve(acc_keys * engine_.Dp), acc_keys * engine_.Dp, 0.f);
+      std::fill_n(dv_acc_.reserve(acc_keys * engine_.Dvp), acc_keys * engine_.Dvp, 0.f);
+    }
+    if (keys > 0) engine_.load_keys(s, item.hk, item.key0, item.key1);
+    for (int64_t h = item.h0; h < item.h1; ++h) {
+      find_rows(s, item, h);
+      const int64_t rows = row1_ - row0_;
+      if (rows > 0) engine_.load_rows(s, g_.d_o, h, row0_, row1_);
+      if (dq_) std::fill_n(dq_acc_.reserve(rows * engine_.Dp + 16 * engine_.Dp),
+                           round_up(rows, 16) * engine_.Dp, 0.f);
+      for (int64_t j0 = item.key0; j0 < item.key1; j0 += E::kBN) {
+        const int64_t n = std::min<int64_t>(E::kBN, item.key1 - j0);
+        const int64_t at = many ? j0 - item.key0 : 0;
+        float* dk = dk_acc_.data() + at * engine_.Dp;
+        float* dv = dv_acc_.data() + at * engine_.Dvp;
+        if (item.dkv && !many) {
+          std::fill_n(dk, E::kBN * engine_.Dp, 0.f);
+          std::fill_n(dv, E::kBN * engine_.Dvp, 0.f);
+        }
+        for (RowBlock& rb : blocks_) tile(s, rb, h, j0, n, dk, dv);
+        if (item.dkv && h + 1 == item.h1) write_keys(s, item.hk, j0, n, dk, dv);
+      }
+      if (dq_) write_rows(s, item, h);
+    }
+  }
+
+ private:
+  // The row blocks that see a key of the item; load_rows packs from the first to the last of them.
+  void find_rows(const Sequence& s, const GradItem& item, int64_t h) {
+    blocks_.clear();
+    row0_ = row1_ = item.row0;
+    for (int64_t r = item.row0; r < item.row1; r += E::kBM) {
+      RowBlock rb;
+      prob_.fill(rb, s, item.hk, (h - item.hk * prob_.group) * s.Sq + r,
+                 int(std::min<int64_t>(E::kBM, item.row1 - r)));
+      if (rb.hi <= item.key0 || rb.lo >= item.key1 || rb.hi <= rb.lo) continue;
+      if (blocks_.empty()) row0_ = r;
+      row1_ = r + rb.n;
+      blocks_.push_back(rb);
+    }
+  }
+
+  void tile(const Sequence& s, RowBlock& rb, int64_t h, int64_t j0, int64_t keys, float* dk,
+            float* dv) {
+    if (rb.hi <= j0 || rb.lo >= j0 + keys) return;
+    const auto state = prob_.mask_tile(rb, s, j0, keys);
+    if (state == Problem::Tile::kSkip) return;
+    const int64_t n = std::min(keys, rb.hi - j0), n_padded = round_up(n, E::kAlign);
+    const int64_t r0 = rb.i[0] - row0_;
+    float *S = s_.data(), *dP = dp_.data();
+    engine_.scores(r0, rb.n, j0, n_padded, S);
+    const bool dS_wanted = dq_ || dk_ || dbias_;
+    if (g_.d_o.ptr && dS_wanted)
+      engine_.dprobs(r0, rb.n, j0, n_padded, dP);
+    else
+      std::fill_n(dP, rb.n * E::kBN, 0.f);
+    const bool whole = prob_.plain && state == Problem::Tile::kFull && j0 >= rb.full_lo &&
+                       j0 + n_padded <= rb.full_hi;
+    for (int r = 0; r < rb.n; ++r) {
+      float* x = S + r * E::kBN;
+      const bool cap = p_.softcap != 0.f;
+      if (!whole) prob_.logits(rb, r, s, j0, n_padded, state, x, cap ? dcap_.data() : nullptr);
+      if (prob_.plain)
+        row<true>(s, h, rb.i[r], j0, n, n_padded, x, dP + r * E::kBN);
+      else
+        row<false>(s, h, rb.i[r], j0, n, n_padded, x, dP + r * E::kBN);
+    }
+    engine_.finish_tile(rb.n, n_padded, S, dP);
+    if (dv_) engine_.add_dv(r0, rb.n, n, S, dv);
+    if (dk_) engine_.add_dk(r0, rb.n, n, dP, dk);
+    if (dq_) engine_.add_dq(rb.n, j0, n, n_padded, dP, dq_acc_.data() + r0 * engine_.Dp);
+  }
+
+  // x: logits -> dropout(P); y: do v^T -> dS.
+  template <bool kPlain>
+  void row(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t n, int64_t n_padded,
+           float* x, float* y) {
+    const RowProb prob = row_prob(prob_, s, h, i);
+    const vf delta = set1(delta_[s.b * p_.lse_b + h * p_.lse_h + (s.q_start + i) * p_.lse_s]);
+    if (g_.dweights.ptr) {
+      const Broadcast& w = g_.dweights;
+      const T* dw = static_cast<const T*>(w.ptr) + s.b * w.b + h * w.h + i * w.i + j0 * w.j;
+      for (int64_t t = 0; t < n; ++t) y[t] += g_.dweights_scale * to_float(dw[t * w.j]);
+    }
+    if (prob_.dropout.on) {
+      prob_.dropout.row(s.b * p_.H + h, i, j0, n_padded, drop_.data());
+      for (int64_t t = 0; t < n_padded; t += W) {
+        const vf keep = load(drop_.data() + t);
+        const vf w = prob.template at<kPlain, E::kExpDegree>(load(x + t));
+        store(y + t, w * (load(y + t) * keep - delta));
+        store(x + t, w * keep);
+      }
+    } else {
+      for (int64_t t = 0; t < n_padded; t += W) {
+        const vf w = prob.template at<kPlain, E::kExpDegree>(load(x + t));
+        store(y + t, w * (load(y + t) - delta));
+        store(x + t, w);
+      }
+    }
+    if (dbias_) add_bias_grad(s, h, i, j0, n, y);
+    if (!kPlain && p_.softcap != 0.f)
+      for (int64_t t = 0; t < n_padded; t += W) store(y + t, load(y + t) * load(dcap_.data() + t));
+  }
+
+  void add_bias_grad(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t n,
+                     const float* ds) {
+    float* to = g_.dbias + s.b * g_.dbias_b + h * g_.dbias_h + i * g_.dbias_i + j0 * g_.dbias_j;
+    if (g_.dbias_j) {
+      for (int64_t t = 0; t < n; ++t) to[t] += ds[t];
+    } else {
+      float sum = 0.f;
+      for (int64_t t = 0; t < n; ++t) sum += ds[t];
+      *to += sum;
+    }
+  }
+
+  void write_keys(const Sequence& s, int64_t hk, int64_t j0, int64_t n, const float* dk,
+                  const float* dv) {
+    const int64_t at = s.k_start + j0;
+    if (g_.dk.ptr)
+      engine_.write_keys(dk, n, p_.D, engine_.Dp, p_.scale, g_.dk, s.b, hk, at);
+    if (g_.dv.ptr) engine_.write_keys(dv, n, p_.Dv, engine_.Dvp, 1.f, g_.dv, s.b, hk, at);
+  }
+
+  void write_rows(const Sequence& s, const GradItem& item, int64_t h) {
+    for (int64_t i = item.row0; i < item.row1; ++i) {
+      T* to = row_ptr<T>(g_.dq, s.b, h, s.q_start + i);
+      if (i < row0_ || i >= row1_)
+        std::fill_n(to, p_.D, T{});
+      else
+        store_row(dq_acc_.data() + (i - row0_) * engine_.Dp, p_.D, set1(p_.scale), to);
+    }
+  }
+
+  const Problem& prob_;
+  const AttentionParams& p_;
+  const AttentionGrads& g_;
+  const float* delta_;
+  E engine_;
+  bool dq_ = false, dk_ = false, dv_ = false, dbias_ = false;
+  int64_t row0_ = 0, row1_ = 0;
+  std::vector<RowBlock> blocks_;
+  Buffer<float> s_, dp_, drop_, dcap_, dq_acc_, dk_acc_, dv_acc_;
+};
+
+// Rows and keys beyond a padded batch entry's lengths: gradients 0.
+template <class T>
+void fill_padding_grads(const Problem& prob, const AttentionGrads& g) {
+  const AttentionParams& p = prob.p;
+  if (p.q_start) return;
+  const auto zero = [](const Operand& x, int64_t b, int64_t heads, int64_t from, int64_t to,
+                       int64_t width) {
+    if (!x.ptr) return;
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = from; i < to; ++i) std::fill_n(row_ptr<T>(x, b, h, i), width, T{});
+  };
+  for (int64_t b = 0; b < p.B; ++b) {
+    const Sequence s = prob.sequence(b);
+    zero(g.dq, b, p.H, s.Sq, p.Sq, p.D);
+    zero(g.dk, b, p.Hk, s.Sk, p.Sk, p.D);
+    zero(g.dv, b, p.Hk, s.Sk, p.Sk, p.Dv);
+  }
+}
+
+class GradPlan {
+ public:
+  GradPlan(const Problem& prob, const AttentionGrads& g, int threads, int kBM, int kBN)
+      : prob_(prob), p_(prob.p), g_(g), bm_(kBM), bn_(kBN) {
+    const int64_t units = p_.B * p_.Hk;
+    for (int64_t b = 0; b < p_.B; ++b) {
+      const Sequence s = prob.sequence(b);
+      work_ += p_.H * s.Sq * s.Sk * (3 * p_.D + 2 * p_.Dv);
+    }
+    workers = work_ <= kSerialWork ? 1 : threads;
+    // One pass unless its imbalance costs more than two passes do (7 products for 5).
+    const bool one_pass = workers == 1 || div_up(units, workers) * workers * 5 <= units * 7;
+    const bool want_dkv = g.dk.ptr || g.dv.ptr, want_dq = g.dq.ptr != nullptr;
+    const bool own_b = g.dbias_b || p_.B == 1, own_h = g.dbias_h || p_.H == 1;
+    if (one_pass) {
+      const bool fuse = g.dbias && own_b && (own_h || p_.Hk == 1);
+      if (want_dkv || want_dq || fuse) whole_heads(want_dq, want_dkv, fuse);
+      separate_bias = g.dbias && !fuse;
+    } else {
+      const bool fuse = want_dq && g.dbias && own_b && own_h && g.dbias_i;
+      if (want_dkv) by_keys(chunk(p_.Sk, bn_, workers, units));
+      if (want_dq) by_rows(chunk(p_.Sq, bm_, workers, p_.B * p_.H), fuse);
+      separate_bias = g.dbias && !fuse;
+    }
+    sort(items);
+    if (separate_bias) bias_groups(workers);
+  }
+
+  int workers = 1;
+  bool separate_bias = false;
+  std::vector<GradItem> items;
+  std::vector<std::vector<GradItem>> bias;  // each group runs in order on one worker
+
+ private:
+  static int64_t chunk(int64_t n, int64_t block, int threads, int64_t units) {
+    const int64_t parts = div_up(4 * threads, std::max<int64_t>(units, 1));
+    return round_up(div_up(std::max<int64_t>(n, 1), parts), block);
+  }
+  static void sort(std::vector<GradItem>& v) {
+    std::stable_sort(v.begin(), v.end(),
+                     [](const GradItem& a, const GradItem& b) { return a.cost > b.cost; });
+  }
+  void whole_heads(bool dq, bool dkv, bool dbias) {
+    for (int64_t b = 0; b < p_.B; ++b) {
+      const Sequence s = prob_.sequence(b);
+      for (int64_t hk = 0; hk < p_.Hk; ++hk)
+        items.push_back({b, hk, hk * prob_.group, (hk + 1) * prob_.group, 0, s.Sq, 0, s.Sk, dq, dkv,
+                         dbias, s.Sq * s.Sk});
+    }
+  }
+  void by_keys(int64_t step) {
+    for (int64_t b = 0; b < p_.B; ++b) {
+      const Sequence s = prob_.sequence(b);
+      for (int64_t hk = 0; hk < p_.Hk; ++hk)
+        for (int64_t k = 0; k < s.Sk; k += step)
+          items.push_back({b, hk, hk * prob_.group, (hk + 1) * prob_.group, 0, s.Sq, k,
+                           std::min(s.Sk, k + step), false, true, false, s.Sq * step});
+    }
+  }
+  void by_rows(int64_t step, bool dbias) {
+    for (int64_t b = 0; b < p_.B; ++b) {
+      const Sequence s = prob_.sequence(b);
+      for (int64_t h = 0; h < p_.H; ++h)
+        for (int64_t i = 0; i < s.Sq; i += step)
+          items.push_back(
+              rows_item(s, h, i, std::min(s.Sq, i + step), true, dbias));
+    }
+  }
+  GradItem rows_item(const Sequence& s, int64_t h, int64_t i0, int64_t i1, bool dq, bool dbias) {
+    const Interval r = prob_.range(s, i0, i1);
+    const int64_t lo = r.lo / bn_ * bn_;
+    return {s.b, h / prob_.group, h, h + 1, i0, i1, lo, std::max(lo, r.hi), dq, false, dbias,
+            (i1 - i0) * (r.hi - lo)};
+  }
+  // All (b, h) that share a slice of the bias, in order; a chunk of rows or of keys a group.
+  void bias_groups(int threads) {
+    const int64_t nb = g_.dbias_b ? p_.B : 1, nh = g_.dbias_h ? p_.H : 1;
+    const int64_t rows = g_.dbias_i ? chunk(p_.Sq, bm_, threads, nb * nh) : p_.Sq;
+    const int64_t keys = !g_.dbias_i && g_.dbias_j ? chunk(p_.Sk, bn_, threads, nb * nh) : p_.Sk;
+    for (int64_t x = 0; x < nb * nh; ++x) {
+      for (int64_t i = 0; i < p_.Sq; i += rows) {
+        for (int64_t j = 0; j < p_.Sk; j += keys) {
+          std::vector<GradItem> group;
+          for (int64_t b = nb > 1 ? x / nh : 0; b < (nb > 1 ? x / nh + 1 : p_.B); ++b) {
+            const Sequence s = prob_.sequence(b);
+            const int64_t i1 = std::min(s.Sq, i + rows);
+            for (int64_t h = nh > 1 ? x % nh : 0; h < (nh > 1 ? x % nh + 1 : p_.H); ++h) {
+              if (i >= i1) continue;
+              GradItem item = rows_item(s, h, i, i1, false, true);
+              item.key0 = std::max(item.key0, j), item.key1 = std::min(item.key1, j + keys);
+              if (item.key0 < item.key1) group.push_back(item);
+            }
+          }
+          if (!group.empty()) bias.push_back(std::move(group));
+        }
+      }
+    }
+  }
+
+  const Problem& prob_;
+  const AttentionParams& p_;
+  const AttentionGrads& g_;
+  const int64_t bm_, bn_;
+  int64_t work_ = 0;
+};
+
+// E: engine of the forward (for weights); G: engine of the gradients.
+template <class E, class G>
+void backward(const AttentionParams& p, const AttentionGrads& g, const Parallel& parallel) {
+  const Problem prob(p);
+  fill_padding_grads<typename G::Storage>(prob, g);
+  Buffer<float> delta_buf;
+  const int64_t rows = p.q_start ? p.lse_h * p.H : p.B * p.lse_b;
+  float* delta = delta_buf.reserve(std::max<int64_t>(rows, 1));
+  compute_delta<E>(prob, g, parallel, delta);
+  if (g.dsinks) compute_dsinks(prob, delta, g.dsinks, parallel);
+  const GradPlan plan(prob, g, parallel.threads, G::kBM, G::kBN);
+  if (!plan.items.empty()) {
+    Queue queue{int64_t(plan.items.size())};
+    parallel.workers(int(std::min<int64_t>(plan.workers, int64_t(plan.items.size()))), [&](int) {
+      BackwardWorker<G> worker(prob, g, delta);
+      for (int64_t i; queue.next(&i);) worker.run(plan.items[size_t(i)]);
+    });
+  }
+  if (!plan.bias.empty()) {
+    Queue queue{int64_t(plan.bias.size())};
+    parallel.workers(int(std::min<int64_t>(plan.workers, int64_t(plan.bias.size()))), [&](int) {
+      BackwardWorker<G> worker(prob, g, delta);
+      for (int64_t i; queue.next(&i);)
+        for (const GradItem& item : plan.bias[size_t(i)]) worker.run(item);
+    });
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,174 @@
+// The matrix products of attention on one thread, for operands in fp32 (any ISA) or bf16 (AMX).
+//
+// An engine owns the packed keys and values of one kv head and the packed rows of one block of
+// queries; the passes (attention_fwd.h, attention_bwd.h, attention_weights.h) own the algorithm.
+// Tiles: S is kBM x kBN, row stride kBN.
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// ---- fp32 products; T is how tensors are stored -------------------------------------------------
+template <class T>
+class FmaEngine {
+ public:
+  using Storage = T;
+  using Prob = float;
+  static constexpr int kBM = 48, kBN = 192;  // 36 KB of S: L2, one panel of it in L1
+  static constexpr int kAlign = kPanel;      // granularity of key tiles
+  static constexpr int kExpDegree = 6;
+
+  explicit FmaEngine(const AttentionParams& params)
+      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {}
+
+  const AttentionParams& p;
+  const int64_t D, Dv, Dp, Dvp;
+
+  // Keys [lo, hi) of (b, hk); lo % kAlign == 0. Kept while the same or a smaller range is asked for.
+  // direct: do not pack K (few query rows, each key is used once); needs unit stride in d.
+  void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi, bool direct) {
+    direct_ = direct && p.k.d == 1;
+    if (s.b == b_ && hk == hk_ && lo >= lo_ && hi <= hi_) return;
+    b_ = s.b, hk_ = hk, lo_ = lo, hi_ = hi;
+    k_ = row_ptr<const T>(p.k, s.b, hk, s.k_start);
+    v_ = row_ptr<const T>(p.v, s.b, hk, s.k_start);
+    const int64_t n = round_up(hi - lo, kAlign);
+    if (!direct_)
+      pack_transposed<kPanel>(k_ + lo * p.k.s, p.k.s, p.k.d, hi - lo, D, kt_.reserve(n * D));
+    if constexpr (sizeof(T) == 4) {
+      if (p.v.d == 1 && Dv % W == 0) {
+        v_rows_ = reinterpret_cast<const float*>(v_) + lo * p.v.s, v_stride_ = p.v.s;
+        return;
+      }
+    }
+    float* v = v_buf_.reserve(n * Dvp);
+    pack_rows(v_ + lo * p.v.s, p.v.s, p.v.d, hi - lo, Dv, Dvp, v);
+    v_rows_ = v, v_stride_ = Dvp;
+  }
+
+  void load_queries(const RowBlock& rb, const Sequence& s) {
+    float* q = q_.reserve(round_up(kBM, kMR) * Dp);
+    for (int r = 0; r < rb.n; ++r) {
+      const T* src = row_ptr<const T>(p.q, s.b, rb.h[r], s.q_start + rb.i[r]);
+      if (direct_) {
+        pack_rows(src, 0, p.q.d, 1, D, Dp, q + r * Dp);
+      } else {
+        float* dst = q + r / kMR * (kMR * D) + r % kMR;
+        for (int64_t d = 0; d < D; ++d) dst[d * kMR] = to_float(src[d * p.q.d]);
+      }
+    }
+  }
+
+  // S[r][t] = q_r . k_(j0 + t), t < n_padded.
+  void scores(const RowBlock& rb, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
+    if (direct_) return scores_direct(rb.n, j0, n, n_padded, S);
+    const float* kt = kt_.data() + (j0 - lo_) * D;
+    gemm<1>(false, rb.n, n_padded, D, q_.data(), {kMR * D, kMR}, kt, {kPanel * D, kPanel}, S, kBN);
+  }
+
+  Prob* prob_row(float* S, int r) const { return S + r * kBN; }
+  static FASTATTN_INLINE void put(Prob* row, vf a, vf b) { store(row, a), store(row + W, b); }
+
+  // acc (rows x Dvp) (+)= P v.
+  void apply(bool accumulate, const RowBlock& rb, int64_t j0, int64_t n, int64_t, const float* S,
+             float* acc) const {
+    const float* v = v_rows_ + (j0 - lo_) * v_stride_;
+    gemm<kBN>(accumulate, rb.n, Dvp, n, S, {kMR * kBN, 1}, v, {kPanel, v_stride_}, acc, Dvp);
+  }
+
+ private:
+  // A dot product a key and row, K straight from the tensor: bound by reading K.
+  void scores_direct(int rows, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
+    for (int r0 = 0; r0 < rows; r0 += 4) {
+      const int here = std::min(4, rows - r0);
+      const float* q = q_.data() + r0 * Dp;
+      for (int64_t t = 0; t < n; ++t) {
+        const T* k = k_ + (j0 + t) * p.k.s;
+        vf c[4] = {};
+        int64_t d = 0;
+        for (; d + W <= D; d += W) {
+          const vf kv = load(k + d);
+          for (int r = 0; r < 4; ++r) c[r] = fma(load(q + std::min(r, here - 1) * Dp + d), kv, c[r]);
+        }
+        float tail[4] = {};
+        for (; d < D; ++d)
+          for (int r = 0; r < here; ++r) tail[r] += q[r * Dp + d] * to_float(k[d]);
+        for (int r = 0; r < here; ++r) S[(r0 + r) * kBN + t] = reduce_add(c[r]) + tail[r];
+      }
+      for (int r = 0; r < here; ++r)
+        for (int64_t t = n; t < n_padded; ++t) S[(r0 + r) * kBN + t] = 0.f;
+    }
+  }
+
+  bool direct_ = false;
+  int64_t b_ = -1, hk_ = -1, lo_ = 0, hi_ = 0, v_stride_ = 0;
+  const T *k_ = nullptr, *v_ = nullptr;
+  const float* v_rows_ = nullptr;
+  Buffer<float> kt_, v_buf_, q_;
+};
+
+// ---- bf16 products on tiles -----------------------------------------------------------------
+#if FASTATTN_LEVEL >= 3
+class AmxEngine {
+ public:
+  using Storage = bf16;
+  using Prob = bf16;
+  static constexpr int kBM = 32, kBN = 256;
+  static constexpr int kAlign = 32;
+  static constexpr int kExpDegree = 4;
+
+  explicit AmxEngine(const AttentionParams& params)
+      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, 32)), Dvp(round_up(Dv, 32)) {
+    q_.reserve(kBM * Dp);
+    std::fill_n(q_.data(), kBM * Dp, bf16{0});
+    std::fill_n(p_.reserve(kBM * kBN), kBM * kBN, bf16{0});
+  }
+
+  const AttentionParams& p;
+  const int64_t D, Dv, Dp, Dvp;
+
+  void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi, bool) {
+    if (s.b == b_ && hk == hk_ && lo >= lo_ && hi <= hi_) return;
+    b_ = s.b, hk_ = hk, lo_ = lo, hi_ = hi;
+    const int64_t n = hi - lo, rows = round_up(n, kAlign);
+    pack_tiles_transposed(row_ptr<const bf16>(p.k, s.b, hk, s.k_start + lo), p.k.s, p.k.d, n, D,
+                          k_.reserve(rows * Dp));
+    pack_tiles(row_ptr<const bf16>(p.v, s.b, hk, s.k_start + lo), p.v.s, p.v.d, n, Dv,
+               v_.reserve(rows * Dvp));
+  }
+
+  void load_queries(const RowBlock& rb, const Sequence& s) {
+    for (int r = 0; r < rb.n; ++r) {
+      const bf16* src = row_ptr<const bf16>(p.q, s.b, rb.h[r], s.q_start + rb.i[r]);
+      for (int64_t d = 0; d < D; d += 32)
+        _mm512_store_si512(q_.data() + r * Dp + d, load_row32(src + d * p.q.d, p.q.d, D - d));
+    }
+  }
+
+  void scores(const RowBlock& rb, int64_t j0, int64_t, int64_t n_padded, float* S) const {
+    const int64_t steps = Dp / 32;
+    tile_gemm(false, div_up(rb.n, 16), n_padded / 16, steps, {q_.data(), 32 * Dp, 64, 2 * Dp},
+              {k_.data() + (j0 - lo_) * Dp, steps * kTileBytes, kTileBytes}, S, kBN);
+  }
+
+  Prob* prob_row(float*, int r) const { return p_.data() + r * kBN; }
+  static FASTATTN_INLINE void put(Prob* row, vf a, vf b) {
+    _mm512_storeu_si512(row, __m512i(_mm512_cvtne2ps_pbh(b, a)));
+  }
+
+  void apply(bool accumulate, const RowBlock& rb, int64_t j0, int64_t, int64_t n_padded,
+             const float*, float* acc) const {
+    const int64_t n_tiles = Dvp / 16;
+    tile_gemm(accumulate, div_up(rb.n, 16), n_tiles, n_padded / 32,
+              {p_.data(), 32 * kBN, 64, 2 * kBN},
+              {v_.data() + (j0 - lo_) * Dvp, kTileBytes, n_tiles * kTileBytes}, acc, Dvp);
+  }
+
+ private:
+  TileScope tiles_;
+  int64_t b_ = -1, hk_ = -1, lo_ = 0, hi_ = 0;
+  Buffer<bf16> k_, v_, q_, p_;
+};
+#endif
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,307 @@
+// Attention forward: tiled online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
+//
+//   for a block of query rows:  m = -inf, l = 0, acc = 0
+//     for a tile of keys that some row may see:
+//       S = q k^T;  m' = max(m, rowmax S);  P = exp(S - m');  a = exp(m - m')
+//       l = a l + rowsum P;  acc = a acc + dropout(P) v
+//   the sink joins l;  o = acc / l;  lse = m + log l
+//
+// FLOPs 2 Sq Sk (D + Dv); moved q, k, v, o once and k, v once more a chunk of rows (packed).
+// Work item: (batch entry, kv head, chunk of rows), longest first; keys are split over items only
+// where there are fewer items than threads. What is summed in which order depends on the shapes and
+// the thread count alone, never on timing.
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+struct WorkItem {
+  int64_t b, hk, first, last;  // rows of the kv head's group * Sq
+  int64_t split, splits;       // which part of the keys
+  int64_t cost;
+  float* partial;              // where the state of a split goes
+};
+
+// The running softmax of a block of rows.
+struct RowState {
+  float m[kMaxRows];
+  vf l[kMaxRows];  // W partial sums: reduced once, at the end
+};
+
+template <class E>
+class ForwardWorker {
+ public:
+  using T = typename E::Storage;
+
+  explicit ForwardWorker(const Problem& problem)
+      : prob_(problem), p_(problem.p), engine_(problem.p) {
+    s_.reserve(E::kBM * E::kBN);
+    acc_.reserve(E::kBM * engine_.Dvp);
+    drop_.reserve(E::kBN);
+  }
+
+  static int64_t partial_size(const AttentionParams& p) {
+    return E::kBM * (round_up(p.Dv, 32) + 2);
+  }
+
+  void run(const WorkItem& item, bool direct) {
+    const Sequence s = prob_.sequence(item.b);
+    Interval range = prob_.range(s, item.first, item.last);
+    range.lo = range.lo / E::kAlign * E::kAlign;
+    if (item.splits > 1) {
+      const int64_t step = round_up(div_up(range.hi - range.lo, item.splits), E::kAlign);
+      range.lo += item.split * step;
+      range.hi = std::min(range.hi, range.lo + step);
+    }
+    if (range.hi > range.lo) engine_.load_keys(s, item.hk, range.lo, range.hi, direct);
+    for (int64_t first = item.first; first < item.last; first += E::kBM) {
+      prob_.fill(rows_, s, item.hk, first, int(std::min<int64_t>(E::kBM, item.last - first)));
+      block(s, range);
+      if (item.splits > 1)
+        save(item.partial);
+      else
+        finish(s);
+    }
+  }
+
+  // The splits of one block of rows, merged in order.
+  void merge(const WorkItem& item, const float* partials) {
+    const Sequence s = prob_.sequence(item.b);
+    const int n = int(item.last - item.first);
+    prob_.fill(rows_, s, item.hk, item.first, n);
+    reset();
+    const int64_t size = partial_size(p_), width = engine_.Dvp;
+    const float c = prob_.multiplier();
+    for (int r = 0; r < n; ++r) {
+      float m = kNegInf, l = 0.f;
+      for (int64_t i = 0; i < item.splits; ++i) m = std::max(m, partials[i * size + 2 * r]);
+      float* acc = acc_.data() + r * width;
+      std::fill_n(acc, width, 0.f);
+      for (int64_t i = 0; i < item.splits && m > kNegInf; ++i) {
+        const float* part = partials + i * size;
+        const float a = std::exp2((part[2 * r] - m) * c);
+        if (a == 0.f) continue;
+        l += a * part[2 * r + 1];
+        const float* from = part + 2 * E::kBM + r * width;
+        for (int64_t d = 0; d < width; ++d) acc[d] += a * from[d];
+      }
+      state_.m[r] = m;
+      state_.l[r] = vf{l};
+    }
+    finish(s);
+  }
+
+ private:
+  void reset() {
+    for (int r = 0; r < rows_.n; ++r) state_.m[r] = kNegInf, state_.l[r] = vf{};
+  }
+
+  void block(const Sequence& s, const Interval& range) {
+    reset();
+    const int64_t lo = std::max(range.lo, rows_.lo / E::kAlign * E::kAlign);
+    const int64_t hi = std::min(range.hi, rows_.hi);
+    float *S = s_.data(), *acc = acc_.data();
+    bool started = false;
+    for (int64_t j0 = lo; j0 < hi; j0 += E::kBN) {
+      const int64_t n = std::min<int64_t>(E::kBN, hi - j0);
+      const auto tile = prob_.mask_tile(rows_, s, j0, n);
+      if (tile == Problem::Tile::kSkip) continue;
+      if (!started) engine_.load_queries(rows_, s);
+      const int64_t n_padded = round_up(n, E::kAlign);
+      engine_.scores(rows_, j0, n, n_padded, S);
+      const bool whole = prob_.plain && tile == Problem::Tile::kFull && j0 >= rows_.full_lo &&
+                         j0 + n_padded <= rows_.full_hi;
+      if (!whole)
+        for (int r = 0; r < rows_.n; ++r)
+          prob_.logits(rows_, r, s, j0, n_padded, tile, S + r * E::kBN, nullptr);
+      if (prob_.plain)
+        softmax<true>(s, j0, n_padded, started);
+      else
+        softmax<false>(s, j0, n_padded, started);
+      engine_.apply(started, rows_, j0, n, n_padded, S, acc);
+      started = true;
+    }
+    if (!started) std::fill_n(acc, rows_.n * engine_.Dvp, 0.f);
+  }
+
+  template <bool kPlain>
+  void softmax(const Sequence& s, int64_t j0, int64_t n, bool started) {
+    const float c = prob_.multiplier();
+    for (int r = 0; r < rows_.n; ++r) {
+      float* x = s_.data() + r * E::kBN;
+      vf m0 = load(x), m1 = load(x + W);
+      for (int64_t t = 2 * W; t < n; t += 2 * W)
+        m0 = vmax(m0, load(x + t)), m1 = vmax(m1, load(x + t + W));
+      const float before = state_.m[r], m = std::max(before, reduce_max(vmax(m0, m1)));
+      state_.m[r] = m;
+      const float base = m == kNegInf ? 0.f : m;  // a row with no key yet: exp(-inf - 0) = 0
+      if (started && m != before) {
+        const vf a = set1(std::exp2((before - base) * c));
+        state_.l[r] *= a;
+        float* acc = acc_.data() + r * engine_.Dvp;
+        for (int64_t d = 0; d < engine_.Dvp; d += W) store(acc + d, load(acc + d) * a);
+      }
+      typename E::Prob* out = engine_.prob_row(s_.data(), r);
+      if (prob_.dropout.on) {
+        prob_.dropout.row(s.b * p_.H + rows_.h[r], rows_.i[r], j0, n, drop_.data());
+        exp_row<kPlain, true>(x, n, base, c, state_.l[r], out);
+      } else {
+        exp_row<kPlain, false>(x, n, base, c, state_.l[r], out);
+      }
+    }
+  }
+
+  template <bool kPlain, bool kDrop>
+  FASTATTN_INLINE void exp_row(const float* x, int64_t n, float m, float c, vf& l_sum,
+                               typename E::Prob* out) const {
+    // plain: one FMA, m c folded. Else (x - m) first: a bias of finfo.min times log2 e overflows.
+    const vf vc = set1(c), vm = set1(kPlain ? -m * c : m);
+    const float* drop = drop_.data();
+    const auto one = [&](int64_t t) FASTATTN_LAMBDA {
+      const vf v = load(x + t);
+      return exp2v<E::kExpDegree>(kPlain ? fma(v, vc, vm) : (v - vm) * vc);
+    };
+    vf l0 = l_sum, l1 = {};
+    for (int64_t t = 0; t < n; t += 2 * W) {
+      vf a = one(t), b = one(t + W);
+      l0 += a, l1 += b;
+      if constexpr (kDrop) a *= load(drop + t), b *= load(drop + t + W);
+      E::put(out + t, a, b);
+    }
+    l_sum = l0 + l1;
+  }
+
+  void save(float* partial) const {
+    for (int r = 0; r < rows_.n; ++r) {
+      partial[2 * r] = state_.m[r];
+      partial[2 * r + 1] = reduce_add(state_.l[r]);
+    }
+    std::memcpy(partial + 2 * E::kBM, acc_.data(), size_t(rows_.n * engine_.Dvp) * sizeof(float));
+  }
+
+  void finish(const Sequence& s) {
+    for (int r = 0; r < rows_.n; ++r) {
+      const int64_t h = rows_.h[r], i = s.q_start + rows_.i[r];
+      float m = state_.m[r] * (prob_.plain ? p_.scale : 1.f), l = reduce_add(state_.l[r]);
+      float factor = 1.f;  // from the sums' base to the final one
+      if (p_.sinks) {
+        const float sink = p_.sinks[h], top = std::max(m, sink);
+        if (top > kNegInf) {
+          factor = std::exp(m - top);
+          l = l * factor + std::exp(sink - top);
+          m = top;
+        }
+      }
+      const bool none = state_.m[r] == kNegInf;  // no key: output 0, whatever the sink
+      const float log_l = std::log(l), lse = l == 0.f ? kNegInf : m + log_l;
+      const int64_t at = s.b * p_.lse_b + h * p_.lse_h + i * p_.lse_s;
+      p_.lse[at] = lse;
+      if (p_.lse_lo) p_.lse_lo[at] = std::isfinite(lse) ? (m - lse) + log_l : 0.f;
+      T* o = row_ptr<T>(p_.o, s.b, h, i);
+      if (none)
+        std::fill_n(o, p_.Dv, T{});
+      else
+        store_row(acc_.data() + r * engine_.Dvp, p_.Dv, set1(factor / l), o);
+    }
+  }
+
+  const Problem& prob_;
+  const AttentionParams& p_;
+  E engine_;
+  RowBlock rows_;
+  RowState state_;
+  Buffer<float> s_, acc_, drop_;
+};
+
+// Rows of a padded batch beyond its length: output 0, lse -inf.
+template <class T>
+void fill_padding(const Problem& prob, int64_t b) {
+  const AttentionParams& p = prob.p;
+  const Sequence s = prob.sequence(b);
+  if (p.q_start) return;  // packed: no padding
+  for (int64_t h = 0; h < p.H; ++h) {
+    for (int64_t i = s.Sq; i < p.Sq; ++i) {
+      std::fill_n(row_ptr<T>(p.o, b, h, i), p.Dv, T{});
+      p.lse[b * p.lse_b + h * p.lse_h + i * p.lse_s] = kNegInf;
+      if (p.lse_lo) p.lse_lo[b * p.lse_b + h * p.lse_h + i * p.lse_s] = 0.f;
+    }
+  }
+}
+
+// Below this many multiply-adds (about 20 us on one core) waking a thread costs more than it saves.
+inline constexpr int64_t kSerialWork = 1 << 20;
+
+struct Plan {
+  std::vector<WorkItem> items;
+  int64_t work = 0;  // multiply-adds
+  int64_t splits = 1;
+};
+
+// Chunks of a kv head's rows, so that every thread has several items and none is too small.
+inline Plan plan_rows(const Problem& prob, int threads, int block_rows, bool may_split) {
+  const AttentionParams& p = prob.p;
+  Plan plan;
+  const int64_t units = p.B * p.Hk, per_key = p.D + p.Dv;
+  const int64_t chunks = threads == 1 ? 1 : div_up(8 * threads, std::max<int64_t>(units, 1));
+  for (int64_t b = 0; b < p.B; ++b) {
+    const Sequence s = prob.sequence(b);
+    const int64_t rows = prob.group * s.Sq, blocks = div_up(rows, block_rows);
+    const int64_t step = div_up(blocks, std::min(chunks, std::max<int64_t>(blocks, 1)));
+    for (int64_t hk = 0; hk < p.Hk; ++hk) {
+      for (int64_t first = 0; first < rows; first += step * block_rows) {
+        const int64_t last = std::min(rows, first + step * block_rows);
+        int64_t keys = 0;
+        if (last - first < s.Sq || prob.group == 1) {
+          const Interval a = prob.keys(s, first % s.Sq), z = prob.keys(s, (last - 1) % s.Sq);
+          keys = ((a.hi - a.lo) + (z.hi - z.lo)) / 2;
+        } else {
+          keys = s.Sk;
+        }
+        plan.items.push_back({b, hk, first, last, 0, 1, (last - first) * keys, nullptr});
+        plan.work += (last - first) * keys * per_key;
+      }
+    }
+  }
+  const int64_t n = int64_t(plan.items.size());
+  if (may_split && n > 0 && n < threads && p.Sq * prob.group <= block_rows &&
+      plan.work > kSerialWork)
+    plan.splits = std::max<int64_t>(1, std::min(div_up(2 * threads, n), p.Sk / 256));
+  std::stable_sort(plan.items.begin(), plan.items.end(),
+                   [](const WorkItem& a, const WorkItem& b) { return a.cost > b.cost; });
+  return plan;
+}
+
+template <class E>
+void forward(const AttentionParams& p, const Parallel& parallel, bool direct) {
+  const Problem prob(p);
+  for (int64_t b = 0; b < p.B; ++b) fill_padding<typename E::Storage>(prob, b);
+  Plan plan = plan_rows(prob, parallel.threads, E::kBM, true);
+  if (plan.items.empty()) return;
+  std::vector<WorkItem> work;
+  Buffer<float> partials;
+  const int64_t size = ForwardWorker<E>::partial_size(p), n = int64_t(plan.items.size());
+  if (plan.splits > 1) partials.reserve(n * plan.splits * size);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t s = 0; s < plan.splits; ++s) {
+      WorkItem item = plan.items[size_t(i)];
+      item.split = s, item.splits = plan.splits;
+      if (plan.splits > 1) item.partial = partials.data() + (i * plan.splits + s) * size;
+      work.push_back(item);
+    }
+  }
+  Queue queue(int64_t(work.size()));
+  const int workers = plan.work <= kSerialWork
+                          ? 1
+                          : int(std::min<int64_t>(parallel.threads, int64_t(work.size())));
+  parallel.workers(workers, [&](int) {
+    ForwardWorker<E> worker(prob);
+    for (int64_t i; queue.next(&i);) worker.run(work[size_t(i)], direct);
+  });
+  if (plan.splits > 1) {
+    ForwardWorker<E> worker(prob);
+    for (int64_t i = 0; i < n; ++i)
+      worker.merge(work[size_t(i * plan.splits)], partials.data() + i * plan.splits * size);
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

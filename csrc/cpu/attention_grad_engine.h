@@ -1,0 +1,239 @@
+// The five products of the backward on one thread.
+//
+//   S = q k^T,  dP = do v^T,  dv += P^T do,  dk += dS^T q,  dq += dS k
+//
+// S and dP are kBM x kBN tiles, row stride kBN; the pass turns them in place into dropout(P) and dS.
+// Accumulators are fp32: dq (rows x Dp), dk and dv in an order of the engine's own, kBN keys a block.
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+template <class T>
+class FmaGradEngine {
+ public:
+  using Storage = T;
+  static constexpr int kBM = 48, kBN = 192;
+  static constexpr int kAlign = kPanel;
+  static constexpr int kExpDegree = 6;
+
+  explicit FmaGradEngine(const AttentionParams& params)
+      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {}
+
+  const AttentionParams& p;
+  const int64_t D, Dv, Dp, Dvp;
+
+  void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi) {
+    lo_ = lo;
+    const int64_t n = hi - lo, padded = round_up(n, kAlign);
+    const T* k = row_ptr<const T>(p.k, s.b, hk, s.k_start + lo);
+    const T* v = row_ptr<const T>(p.v, s.b, hk, s.k_start + lo);
+    pack_transposed<kPanel>(k, p.k.s, p.k.d, n, D, kt_.reserve(padded * D));
+    pack_transposed<kPanel>(v, p.v.s, p.v.d, n, Dv, vt_.reserve(padded * Dv));
+    k_ = natural(k, p.k, n, D, Dp, k_buf_);
+  }
+
+  // Rows [first, last) of head h; d_o null = no gradient of o.
+  void load_rows(const Sequence& s, const Operand& d_o, int64_t h, int64_t first, int64_t last) {
+    const int64_t n = last - first, padded = round_up(n, kMR);
+    const T* q = row_ptr<const T>(p.q, s.b, h, s.q_start + first);
+    pack_transposed<kMR>(q, p.q.s, p.q.d, n, D, qt_.reserve(padded * D));
+    q_ = natural(q, p.q, n, D, Dp, q_buf_);
+    has_do_ = d_o.ptr != nullptr;
+    if (!has_do_) return;
+    const T* g = row_ptr<const T>(d_o, s.b, h, s.q_start + first);
+    pack_transposed<kMR>(g, d_o.s, d_o.d, n, Dv, dot_.reserve(padded * Dv));
+    do_ = natural(g, d_o, n, Dv, Dvp, do_buf_);
+  }
+
+  // r0: first row of the block, counted from load_rows' first; a multiple of kBM.
+  void scores(int64_t r0, int n, int64_t j0, int64_t n_padded, float* S) const {
+    gemm<1>(false, n, n_padded, D, qt_.data() + r0 * D, {kMR * D, kMR}, kt_.data() + (j0 - lo_) * D,
+            {kPanel * D, kPanel}, S, kBN);
+  }
+  void dprobs(int64_t r0, int n, int64_t j0, int64_t n_padded, float* dP) const {
+    gemm<1>(false, n, n_padded, Dv, dot_.data() + r0 * Dv, {kMR * Dv, kMR},
+            vt_.data() + (j0 - lo_) * Dv, {kPanel * Dv, kPanel}, dP, kBN);
+  }
+  void finish_tile(int, int64_t, const float*, const float*) {}
+
+  void add_dv(int64_t r0, int rows, int64_t n, const float* P, float* acc) const {
+    gemm<1>(true, n, Dvp, rows, P, {kMR, kBN}, do_.ptr + r0 * do_.stride, {kPanel, do_.stride}, acc,
+            Dvp);
+  }
+  void add_dk(int64_t r0, int rows, int64_t n, const float* dS, float* acc) const {
+    gemm<1>(true, n, Dp, rows, dS, {kMR, kBN}, q_.ptr + r0 * q_.stride, {kPanel, q_.stride}, acc,
+            Dp);
+  }
+  void add_dq(int rows, int64_t j0, int64_t n, int64_t, const float* dS, float* acc) const {
+    const float* k = k_.ptr + (j0 - lo_) * k_.stride;
+    gemm<kBN>(true, rows, Dp, n, dS, {kMR * kBN, 1}, k, {kPanel, k_.stride}, acc, Dp);
+  }
+
+  // One block of kBN keys of an accumulator of padded width, to rows of out.
+  void write_keys(const float* acc, int64_t n, int64_t width, int64_t padded, float factor,
+                  const Operand& out, int64_t b, int64_t hk, int64_t at) const {
+    for (int64_t t = 0; t < n; ++t)
+      store_row(acc + t * padded, width, set1(factor), row_ptr<T>(out, b, hk, at + t));
+  }
+
+ private:
+  struct Rows {
+    const float* ptr = nullptr;
+    int64_t stride = 0;
+  };
+  // Rows as fp32 with unit stride and padded width: the tensor's own memory where it is that.
+  static Rows natural(const T* src, const Operand& x, int64_t n, int64_t cols, int64_t padded,
+                      Buffer<float>& buf) {
+    if constexpr (sizeof(T) == 4)
+      if (x.d == 1 && cols == padded) return {reinterpret_cast<const float*>(src), x.s};
+    pack_rows(src, x.s, x.d, n, cols, padded, buf.reserve(n * padded));
+    return {buf.data(), padded};
+  }
+
+  bool has_do_ = false;
+  int64_t lo_ = 0;
+  Rows k_, q_, do_;
+  Buffer<float> kt_, vt_, k_buf_, qt_, dot_, q_buf_, do_buf_;
+};
+
+#if FASTATTN_LEVEL >= 3
+class AmxGradEngine {
+ public:
+  using Storage = bf16;
+  static constexpr int kBM = 64, kBN = 128;
+  static constexpr int kAlign = 32;
+  static constexpr int kExpDegree = 4;
+
+  explicit AmxGradEngine(const AttentionParams& params)
+      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, 32)), Dvp(round_up(Dv, 32)) {
+    p_.reserve(kBM * kBN), ds_.reserve(kBM * kBN), ds_rows_.reserve(kBM * kBN);
+  }
+
+  const AttentionParams& p;
+  const int64_t D, Dv, Dp, Dvp;
+
+  void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi) {
+    lo_ = lo;
+    const int64_t n = hi - lo, rows = round_up(n, kAlign);
+    const bf16* k = row_ptr<const bf16>(p.k, s.b, hk, s.k_start + lo);
+    const bf16* v = row_ptr<const bf16>(p.v, s.b, hk, s.k_start + lo);
+    pack_tiles_transposed(k, p.k.s, p.k.d, n, D, kt_.reserve(rows * Dp));
+    pack_tiles_transposed(v, p.v.s, p.v.d, n, Dv, vt_.reserve(rows * Dvp));
+    pack_tiles(k, p.k.s, p.k.d, n, D, k_.reserve(rows * Dp));
+  }
+
+  void load_rows(const Sequence& s, const Operand& d_o, int64_t h, int64_t first, int64_t last) {
+    load(row_ptr<const bf16>(p.q, s.b, h, s.q_start + first), p.q, last - first, D, q_, qt_);
+    if (d_o.ptr)
+      load(row_ptr<const bf16>(d_o, s.b, h, s.q_start + first), d_o, last - first, Dv, do_, dot_);
+  }
+
+  void scores(int64_t r0, int n, int64_t j0, int64_t n_padded, float* S) const {
+    product(q_, kt_, Dp, r0, n, j0, n_padded, S);
+  }
+  void dprobs(int64_t r0, int n, int64_t j0, int64_t n_padded, float* dP) const {
+    product(do_, vt_, Dvp, r0, n, j0, n_padded, dP);
+  }
+
+  // P and dS in bf16: as B tiles with rows as k (both), and row by row (dS).
+  void finish_tile(int rows, int64_t n_padded, const float* P, const float* dS) {
+    const int padded = int(round_up(rows, 32));
+    for (int r = 0; r < padded; r += 2) {
+      bf16* p_to = p_.data() + (r / 32) * (32 * kBN) + (r % 32) * 16;
+      bf16* ds_to = ds_.data() + (r / 32) * (32 * kBN) + (r % 32) * 16;
+      for (int64_t t = 0; t < n_padded; t += 32, p_to += 1024, ds_to += 1024) {
+        const __m512i p0 = halves(P, r, rows, t), p1 = halves(P, r + 1, rows, t);
+        const __m512i d0 = halves(dS, r, rows, t), d1 = halves(dS, r + 1, rows, t);
+        __m512i lo, hi;
+        interleave(p0, p1, &lo, &hi);
+        _mm512_store_si512(p_to, lo), _mm512_store_si512(p_to + 512, hi);
+        interleave(d0, d1, &lo, &hi);
+        _mm512_store_si512(ds_to, lo), _mm512_store_si512(ds_to + 512, hi);
+        _mm512_store_si512(ds_rows_.data() + r * kBN + t, d0);
+        _mm512_store_si512(ds_rows_.data() + (r + 1) * kBN + t, d1);
+      }
+    }
+  }
+
+  void add_dv(int64_t r0, int rows, int64_t n, const float*, float* acc) const {
+    transposed_product(dot_, p_, Dvp, r0, rows, n, acc);
+  }
+  void add_dk(int64_t r0, int rows, int64_t n, const float*, float* acc) const {
+    transposed_product(qt_, ds_, Dp, r0, rows, n, acc);
+  }
+  void add_dq(int rows, int64_t j0, int64_t, int64_t n_padded, const float*, float* acc) const {
+    const int64_t n_tiles = Dp / 16;
+    tile_gemm(true, div_up(rows, 16), n_tiles, n_padded / 32,
+              {ds_rows_.data(), 32 * kBN, 64, 2 * kBN},
+              {k_.data() + (j0 - lo_) * Dp, kTileBytes, n_tiles * kTileBytes}, acc, Dp);
+  }
+
+  // acc is (padded x kBN): a column a key.
+  void write_keys(const float* acc, int64_t n, int64_t width, int64_t, float factor,
+                  const Operand& out, int64_t b, int64_t hk, int64_t at) const {
+    alignas(64) float row[16];
+    for (int64_t t = 0; t < n; t += 16) {
+      for (int64_t d = 0; d < width; d += 16) {
+        vf tile[16];
+        for (int x = 0; x < 16; ++x) tile[x] = fastattn::FASTATTN_ISA::load(acc + (d + x) * kBN + t);
+        transpose16(tile);
+        for (int64_t x = 0; x < std::min<int64_t>(16, n - t); ++x) {
+          store(row, tile[x]);
+          store_row(row, std::min<int64_t>(16, width - d), set1(factor),
+                    row_ptr<bf16>(out, b, hk, at + t + x) + d);
+        }
+      }
+    }
+  }
+
+ private:
+  // Rows padded to whole tiles (a), and transposed as A tiles with rows as k (at).
+  void load(const bf16* src, const Operand& x, int64_t n, int64_t cols, Buffer<bf16>& a,
+            Buffer<bf16>& at) {
+    const int64_t rows = round_up(n, kBM), padded = round_up(cols, 32);
+    bf16* to = a.reserve(rows * padded);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < padded; c += 32)
+        _mm512_store_si512(to + r * padded + c,
+                           r < n ? load_row32(src + r * x.s + c * x.d, x.d, cols - c)
+                                 : _mm512_setzero_si512());
+    bf16* tiles = at.reserve(rows * padded);
+    pack_tiles(src, x.s, x.d, n, cols, tiles);
+    for (int64_t tile = 0; tile < round_up(n, 32) * padded / 512; ++tile) {
+      float* t = reinterpret_cast<float*>(tiles + tile * 512);
+      vf r[16];
+      for (int y = 0; y < 16; ++y) r[y] = fastattn::FASTATTN_ISA::load(t + 16 * y);
+      transpose16(r);
+      for (int y = 0; y < 16; ++y) store(t + 16 * y, r[y]);
+    }
+  }
+
+  void product(const Buffer<bf16>& a, const Buffer<bf16>& b, int64_t width, int64_t r0, int n,
+               int64_t j0, int64_t n_padded, float* C) const {
+    tile_gemm(false, div_up(n, 16), n_padded / 16, width / 32,
+              {a.data() + r0 * width, 32 * width, 64, 2 * width},
+              {b.data() + (j0 - lo_) * width, width / 32 * kTileBytes, kTileBytes}, C, kBN);
+  }
+
+  void transposed_product(const Buffer<bf16>& at, const Buffer<bf16>& b, int64_t width, int64_t r0,
+                          int rows, int64_t n, float* acc) const {
+    const int64_t m_tiles = width / 16;
+    tile_gemm(true, m_tiles, 2 * div_up(n, 32), div_up(rows, 32),
+              {at.data() + r0 * width, kTileBytes, m_tiles * kTileBytes, 64},
+              {b.data(), kTileBytes, 2 * kBN / 32 * kTileBytes}, acc, kBN);
+  }
+
+  FASTATTN_INLINE static __m512i halves(const float* x, int r, int rows, int64_t t) {
+    if (r >= rows) return _mm512_setzero_si512();
+    x += r * kBN + t;
+    return __m512i(_mm512_cvtne2ps_pbh(_mm512_load_ps(x + 16), _mm512_load_ps(x)));
+  }
+
+  TileScope tiles_;
+  int64_t lo_ = 0;
+  Buffer<bf16> kt_, vt_, k_, q_, qt_, do_, dot_, p_, ds_, ds_rows_;
+};
+#endif
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,63 @@
+// The entry points of one instruction set: which engine serves which dtype. Included inside
+// target_begin.h / target_end.h.
+#include "simd.h"
+#include "philox.h"
+#include "gemm.h"
+#include "amx.h"
+#include "attention_rows.h"
+#include "attention_engine.h"
+#include "attention_fwd.h"
+#include "attention_probs.h"
+#include "attention_grad_engine.h"
+#include "attention_bwd.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// So few query rows a kv head that packing K would cost as much as using it.
+inline bool few_rows(const AttentionParams& p) {
+  return p.Sq * (p.H / std::max<int64_t>(p.Hk, 1)) <= kMR;
+}
+
+template <class E>
+void forward_and_weights(const AttentionParams& p, const Parallel& parallel) {
+  if (few_rows(p))
+    forward<FmaEngine<typename E::Storage>>(p, parallel, true);
+  else
+    forward<E>(p, parallel, false);
+  if (p.weights_mode != Weights::kNone) write_weights<E>(p, parallel);
+}
+
+void attention_forward(const AttentionParams& p, const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::kBf16:
+#if FASTATTN_LEVEL >= 3
+      return forward_and_weights<AmxEngine>(p, parallel);
+#else
+      return forward_and_weights<FmaEngine<bf16>>(p, parallel);
+#endif
+    case DType::kF16:
+      return forward_and_weights<FmaEngine<f16>>(p, parallel);
+    default:
+      return forward_and_weights<FmaEngine<float>>(p, parallel);
+  }
+}
+
+void attention_backward(const AttentionParams& p, const AttentionGrads& g,
+                        const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::kBf16:
+#if FASTATTN_LEVEL >= 3
+      return backward<AmxEngine, AmxGradEngine>(p, g, parallel);
+#else
+      return backward<FmaEngine<bf16>, FmaGradEngine<bf16>>(p, g, parallel);
+#endif
+    case DType::kF16:
+      return backward<FmaEngine<f16>, FmaGradEngine<f16>>(p, g, parallel);
+    default:
+      return backward<FmaEngine<float>, FmaGradEngine<float>>(p, g, parallel);
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,201 @@
+// What happens to a tile of logits before the softmax: which keys a row may see, masks, bias, ALiBi,
+// softcap. Shared by forward, backward and weights, so the three cannot disagree.
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// One batch entry: its lengths, where its tokens start, and the diagonal.
+struct Sequence {
+  int64_t b, Sq, Sk, q_start, k_start;
+  int64_t shift;  // bottom_right: row i stands at key i + shift
+};
+
+// The keys [lo, hi) that causality, window and lengths leave to a row.
+struct Interval {
+  int64_t lo, hi;
+};
+
+inline constexpr int kMaxRows = 64;
+
+// Up to kMaxRows query rows of one kv head. With GQA a block may straddle two query heads.
+struct RowBlock {
+  int n = 0;
+  int64_t h[kMaxRows], i[kMaxRows];
+  Interval keys[kMaxRows];
+  int64_t lo = 0, hi = 0;             // union of the rows' keys
+  int64_t full_lo = 0, full_hi = 0;   // intersection
+};
+
+class Problem {
+ public:
+  explicit Problem(const AttentionParams& params)
+      : p(params),
+        group(params.H / std::max<int64_t>(params.Hk, 1)),
+        plain(params.scale > 0.f && params.softcap == 0.f && !params.alibi && !params.bias.ptr),
+        dropout(params.dropout_p, params.seed) {}
+
+  const AttentionParams& p;
+  const int64_t group;   // query heads a kv head
+  const bool plain;      // logits are scale * s, so the scale folds into the exponential
+  const Dropout dropout;
+
+  // exp2((s - m) * multiplier), with m in the units of s.
+  float multiplier() const { return plain ? p.scale * kLog2e : kLog2e; }
+
+  Sequence sequence(int64_t b) const {
+    Sequence s{b, p.q_len ? p.q_len[b] : p.Sq, p.k_len ? p.k_len[b] : p.Sk,
+               p.q_start ? p.q_start[b] : 0, p.k_start ? p.k_start[b] : 0, 0};
+    if (p.causal == Causal::kBottomRight) s.shift = s.Sk - s.Sq;
+    return s;
+  }
+
+  Interval keys(const Sequence& s, int64_t i) const {
+    Interval r{0, s.Sk};
+    const int64_t at = i + s.shift;
+    if (p.window_left >= 0) r.lo = std::max<int64_t>(0, at - p.window_left);
+    if (p.causal != Causal::kNone) r.hi = std::min(r.hi, at + 1);
+    if (p.window_right >= 0) r.hi = std::min(r.hi, at + p.window_right + 1);
+    if (r.hi <= r.lo) r = {0, 0};
+    return r;
+  }
+
+  // Rows [first, first + n) of a kv head's group * Sq rows, head by head.
+  void fill(RowBlock& rb, const Sequence& s, int64_t hk, int64_t first, int n) const {
+    rb.n = n;
+    rb.lo = std::numeric_limits<int64_t>::max(), rb.hi = 0;
+    rb.full_lo = 0, rb.full_hi = std::numeric_limits<int64_t>::max();
+    for (int r = 0; r < n; ++r) {
+      rb.h[r] = hk * group + (first + r) / s.Sq;
+      rb.i[r] = (first + r) % s.Sq;
+      const Interval k = rb.keys[r] = keys(s, rb.i[r]);
+      if (k.hi > k.lo) rb.lo = std::min(rb.lo, k.lo);
+      rb.hi = std::max(rb.hi, k.hi);
+      rb.full_lo = std::max(rb.full_lo, k.lo);
+      rb.full_hi = std::min(rb.full_hi, k.hi);
+    }
+    rb.lo = std::min(rb.lo, rb.hi);
+  }
+
+  // The keys that rows [first, last) may see: both bounds move one way with the row.
+  Interval range(const Sequence& s, int64_t first, int64_t last) const {
+    Interval r{std::numeric_limits<int64_t>::max(), 0};
+    if (last - first >= s.Sq) first = 0, last = s.Sq;
+    for (int64_t x = first; x < last; ++x) {
+      const Interval k = keys(s, x % s.Sq);
+      if (k.hi > k.lo) r.lo = std::min(r.lo, k.lo);
+      r.hi = std::max(r.hi, k.hi);
+    }
+    r.lo = std::min(r.lo, r.hi);
+    return r;
+  }
+
+  const uint8_t* mask_row(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const Broadcast& m = p.mask;
+    return static_cast<const uint8_t*>(m.ptr) + b * m.b + h * m.h + i * m.i + j * m.j;
+  }
+
+  enum class Tile { kSkip, kPartial, kFull };
+
+  // Whether an elementwise mask leaves nothing, something or everything of keys [j0, j0 + n).
+  Tile mask_tile(const RowBlock& rb, const Sequence& s, int64_t j0, int64_t n) const {
+    if (!p.mask.ptr) return Tile::kFull;
+    const Broadcast& m = p.mask;
+    bool any = false, all = true;
+    const uint8_t* last = nullptr;
+    for (int r = 0; r < rb.n && !(any && !all); ++r) {
+      const uint8_t* row = mask_row(s.b, rb.h[r], rb.i[r], j0);
+      if (row == last) continue;
+      last = row;
+      if (m.j == 1) {
+        uint8_t some = 0, every = 1;
+        for (int64_t t = 0; t < n; ++t) some |= row[t], every &= row[t];
+        any |= some != 0, all &= every != 0;
+      } else {
+        for (int64_t t = 0; t < (m.j ? n : 1); ++t)
+          any |= row[t * m.j] != 0, all &= row[t * m.j] != 0;
+      }
+    }
+    return !any ? Tile::kSkip : all ? Tile::kFull : Tile::kPartial;
+  }
+
+  // Logits of row r, keys [j0, j0 + n), in place: features, then -inf where a key takes no part. n is
+  // padded (n % (2 W) == 0); only the row's own keys are read from mask and bias. dcap: d logits / d
+  // (scale s) of the softcap, where wanted.
+  void logits(const RowBlock& rb, int r, const Sequence& s, int64_t j0, int64_t n, Tile tile,
+              float* x, float* dcap) const {
+    const Interval k = rb.keys[r];
+    const int64_t a = std::clamp<int64_t>(k.lo - j0, 0, n), z = std::clamp<int64_t>(k.hi - j0, a, n);
+    if (!plain) features(s, rb.h[r], rb.i[r], j0, a, z, n, x, dcap);
+    if (tile == Tile::kPartial) {
+      const uint8_t* m = mask_row(s.b, rb.h[r], rb.i[r], j0);
+      const int64_t step = p.mask.j;
+      if (step == 1)
+        for (int64_t t = a; t < z; ++t) x[t] = m[t] ? x[t] : kNegInf;
+      else
+        for (int64_t t = a; t < z; ++t) x[t] = m[t * step] ? x[t] : kNegInf;
+    }
+    for (int64_t t = 0; t < a; ++t) x[t] = kNegInf;
+    for (int64_t t = z; t < n; ++t) x[t] = kNegInf;
+  }
+
+ private:
+  void features(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t a, int64_t z,
+                int64_t n, float* x, float* dcap) const {
+    const vf scale = set1(p.scale);
+    if (p.softcap != 0.f) {
+      const vf cap = set1(p.softcap), inv = set1(1.f / p.softcap);
+      for (int64_t t = 0; t < n; t += W) {
+        const vf u = tanhv(load(x + t) * scale * inv);
+        store(x + t, cap * u);
+        if (dcap) store(dcap + t, 1.f - u * u);
+      }
+    } else if (p.scale != 1.f) {
+      for (int64_t t = 0; t < n; t += W) store(x + t, load(x + t) * scale);
+    }
+    if (p.alibi) {
+      const float slope = p.alibi[s.b * p.alibi_b + h];
+      const int64_t center = i + s.Sk - s.Sq - j0;
+      for (int64_t t = a; t < z; ++t) x[t] -= slope * float(std::abs(center - t));
+    }
+    if (p.bias.ptr) {
+      const Broadcast& c = p.bias;
+      const int64_t at = s.b * c.b + h * c.h + i * c.i + j0 * c.j;
+      switch (c.dtype) {
+        case DType::kBf16: add_bias(static_cast<const bf16*>(c.ptr) + at, c.j, a, z, x); break;
+        case DType::kF16: add_bias(static_cast<const f16*>(c.ptr) + at, c.j, a, z, x); break;
+        default: add_bias(static_cast<const float*>(c.ptr) + at, c.j, a, z, x); break;
+      }
+    }
+  }
+
+  template <class T>
+  static void add_bias(const T* bias, int64_t step, int64_t a, int64_t z, float* x) {
+    int64_t t = a;
+    if (step == 0) {
+      const float c = to_float(*bias);
+      for (; t < z; ++t) x[t] += c;
+      return;
+    }
+    if (step == 1)
+      for (; t + W <= z; t += W) store(x + t, load(x + t) + load(bias + t));
+    for (; t < z; ++t) x[t] += to_float(bias[t * step]);
+  }
+};
+
+// Row-wise pointers into (B, H, S, X) operands.
+template <class T>
+FASTATTN_INLINE T* row_ptr(const Operand& x, int64_t b, int64_t h, int64_t s) {
+  return static_cast<T*>(x.ptr) + b * x.b + h * x.h + s * x.s;
+}
+
+// floats to a row of T with unit stride.
+template <class T>
+FASTATTN_INLINE void store_row(const float* src, int64_t n, vf factor, T* dst) {
+  int64_t t = 0;
+  for (; t + W <= n; t += W) store(dst + t, load(src + t) * factor);
+  const float f = factor[0];
+  for (; t < n; ++t) dst[t] = from_float<T>(src[t] * f);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,244 @@
+// One vector of floats of the instruction set at hand, and the few operations kernels need.
+// +, -, *, comparisons and ?: are the compiler's own on vector types.
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+#if FASTATTN_LEVEL >= 2
+using vf = __m512;
+#elif FASTATTN_LEVEL == 1
+using vf = __m256;
+#else
+typedef float vf __attribute__((vector_size(16)));
+#endif
+inline constexpr int W = sizeof(vf) / sizeof(float);
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+inline constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+inline constexpr float kLog2e = 1.44269504088896340736f;
+inline constexpr float kLn2 = 0.69314718055994530942f;
+
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+
+FASTATTN_INLINE vf set1(float x) { return x - vf{}; }
+FASTATTN_INLINE vf load(const float* p) { return vf(*reinterpret_cast<const vf_unaligned*>(p)); }
+FASTATTN_INLINE void store(float* p, vf x) {
+  *reinterpret_cast<vf_unaligned*>(p) = vf_unaligned(x);
+}
+FASTATTN_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted: -ffp-contract=fast
+
+FASTATTN_INLINE vf vmax(vf a, vf b) {
+#if FASTATTN_LEVEL >= 2
+  return _mm512_max_ps(a, b);
+#elif FASTATTN_LEVEL == 1
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FASTATTN_INLINE float reduce_max(vf x) {
+#if FASTATTN_LEVEL >= 2
+  return _mm512_reduce_max_ps(x);
+#else
+  float m = x[0];
+  for (int i = 1; i < W; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+#endif
+}
+
+FASTATTN_INLINE float reduce_add(vf x) {
+#if FASTATTN_LEVEL >= 2
+  return _mm512_reduce_add_ps(x);
+#elif FASTATTN_LEVEL == 1
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+  float s = 0.f;
+  for (int i = 0; i < W; ++i) s += x[i];
+  return s;
+#endif
+}
+
+// ---- storage types -------------------------------------------------------------------------
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+FASTATTN_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+FASTATTN_INLINE uint32_t float_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+FASTATTN_INLINE float to_float(float x) { return x; }
+FASTATTN_INLINE float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+FASTATTN_INLINE float to_float(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest >= 0x400) return bits_to_float(sign | ((rest << 13) + (112u << 23)));
+  const float tiny = float(rest) * 0x1p-24f;  // subnormal or zero
+  return sign ? -tiny : tiny;
+}
+
+template <class T>
+FASTATTN_INLINE T from_float(float x);
+template <>
+FASTATTN_INLINE float from_float<float>(float x) {
+  return x;
+}
+template <>
+FASTATTN_INLINE bf16 from_float<bf16>(float x) {
+  const uint32_t u = float_to_bits(x);
+  if ((u & 0x7fffffff) > 0x7f800000) return {uint16_t(u >> 16 | 0x40)};  // NaN stays NaN
+  return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+template <>
+FASTATTN_INLINE f16 from_float<f16>(float x) {
+  const uint32_t u = float_to_bits(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+  if (a > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (a >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more round to inf
+  if (a < 0x38800000) {                                   // below 2^-14: subnormal
+    // Adding 0.5 puts the rounding position of a float on that of a subnormal half.
+    const uint32_t r = float_to_bits(bits_to_float(a) + 0.5f) - 0x3f000000;
+    return {uint16_t(sign | r)};
+  }
+  return {uint16_t(sign | ((a + 0xfff + (a >> 13 & 1)) - 0x38000000) >> 13)};
+}
+
+FASTATTN_INLINE vf load(const bf16* p) {
+#if FASTATTN_LEVEL >= 2
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+#elif FASTATTN_LEVEL == 1
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+#else
+  return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+#endif
+}
+FASTATTN_INLINE vf load(const f16* p) {
+#if FASTATTN_LEVEL >= 2
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif FASTATTN_LEVEL == 1
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+#endif
+}
+
+FASTATTN_INLINE void store(bf16* p, vf x) {
+#if FASTATTN_LEVEL >= 3
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), __m256i(_mm512_cvtneps_pbh(x)));
+#else
+  for (int i = 0; i < W; ++i) p[i] = from_float<bf16>(x[i]);
+#endif
+}
+FASTATTN_INLINE void store(f16* p, vf x) {
+#if FASTATTN_LEVEL >= 2
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+#elif FASTATTN_LEVEL == 1
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, 0));
+#else
+  for (int i = 0; i < W; ++i) p[i] = from_float<f16>(x[i]);
+#endif
+}
+
+// ---- exponentials --------------------------------------------------------------------------
+
+// 2^x for x <= ~127, 0 below -126 and at -inf, NaN at NaN. kDegree 6: 1 ulp of fp32; kDegree 4:
+// 3e-6, for weights that are rounded to bf16 (2e-3) next. Coefficients: minimax of the relative
+// error on [0, 1) (AVX-512: x - floor(x) and scalef are one instruction each) and [-1/2, 1/2].
+template <int kDegree>
+FASTATTN_INLINE vf exp2v(vf x) {
+#if FASTATTN_LEVEL >= 2
+  static constexpr float c4[] = {1.000002593368981f, 0.6930038345327197f, 0.24144275655041317f,
+                          0.05201146118757034f, 0.013534167615718079f};
+  static constexpr float c6[] = {1.0000000018558002f, 0.6931469838406884f,  0.24022983627312f,
+                          0.05548334198827185f, 0.009678840988827889f, 0.0012439687892978016f,
+                          0.00021702255239344908f};
+  // Reduce first, so that x = -inf gives f = 0 (0x09: suppress exceptions, round down).
+  const vf f = _mm512_reduce_ps(x, 0x09);
+#else
+  static constexpr float c4[] = {1.0000000716546724f, 0.6931469670643624f, 0.24022119723881497f,
+                          0.05550713274149426f, 0.009675541332785205f, 0.001327647178203593f};
+  static constexpr float c6[] = {1.000000000554168f,   0.693147205737265f,     0.240226468906279f,
+                          0.055503287769696194f, 0.00961848895777587f, 0.0013399931217780198f,
+                          0.00015345811825493038f};
+  constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer in the low bits
+  const vf low = set1(-126.f);
+  const vf xc = x < low ? low : x;  // a NaN passes
+  const vf t = xc + kMagic;
+  const vf f = xc - (t - kMagic);
+#endif
+  const float* c = kDegree == 6 ? c6 : c4;
+  constexpr int n = kDegree == 6 ? 6 : int(sizeof(c4) / sizeof(float)) - 1;
+  vf p = set1(c[n]);
+#pragma GCC unroll 8
+  for (int i = n - 1; i >= 0; --i) p = fma(p, f, set1(c[i]));
+#if FASTATTN_LEVEL >= 2
+  return _mm512_scalef_ps(p, x);
+#else
+  const vf y = vf(vi(p) + (vi(t) << 23));
+  return x < low ? vf{} : y;
+#endif
+}
+
+// tanh to 2 ulp: odd polynomial below 0.625 (Cephes tanhf), 1 - 2 / (e^2x + 1) above.
+FASTATTN_INLINE vf tanhv(vf x) {
+  const vf a = x < vf{} ? -x : x;
+  const vf z = x * x;
+  vf p = set1(-5.70498872745e-3f);
+  p = fma(p, z, set1(2.06390887954e-2f));
+  p = fma(p, z, set1(-5.37397155531e-2f));
+  p = fma(p, z, set1(1.33314422036e-1f));
+  p = fma(p, z, set1(-3.33332819422e-1f));
+  const vf small = fma(p * z, x, x);
+  const vf top = set1(9.5f);  // tanh is 1 in fp32 from 9.01 on
+  const vf e = exp2v<6>((a > top ? top : a) * (2.f * kLog2e));
+  const vf big = 1.f - 2.f / (e + 1.f);
+  const vf signed_big = x < vf{} ? -big : big;
+  return a < set1(0.625f) ? small : signed_big;
+}
+
+// ---- memory --------------------------------------------------------------------------------
+
+FASTATTN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+FASTATTN_INLINE int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// 64-byte aligned scratch that only grows; the contents do not survive a growth.
+template <class T>
+class Buffer {
+ public:
+  T* reserve(int64_t n) {
+    if (n > size_) {
+      data_.reset();
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, size_t(round_up(n * sizeof(T), 64)))));
+      if (!data_) throw std::bad_alloc();
+      size_ = n;
+    }
+    return data_.get();
+  }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,148 @@
+"""Which backends exist here, why not the rest, and which one an op takes.
+
+The whole policy is the table ``_AUTO`` below: for a device type, the backends that ``auto`` tries
+in order. An explicit backend that cannot serve a call raises; ``auto`` takes the next one that can.
+
+| device | order             | why                                                              |
+|--------|-------------------|------------------------------------------------------------------|
+| cpu    | cpu, reference    | the C++ kernels serve fp32, bf16 and fp16; fp64 is the oracle's  |
+| cuda   | reference         | no GPU kernel has landed yet: plain PyTorch, with one warning    |
+| other  | reference         | plain PyTorch runs wherever torch does                           |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+try:
+    from fastattn import _C as _C  # registers the CPU kernels under torch.ops.fastattn
+
+    _C_ERROR = ""
+except ImportError as error:  # a source tree that was never built: every op says so by name
+    _C_ERROR = str(error)
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+
+_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# In the order of csrc/cpu/isa.h.
+_ISAS = ("portable", "avx2", "avx512", "amx")
+
+
+class PerformanceWarning(UserWarning):
+    """A call is correct but runs on a slower path than it could."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend: its name, whether it can be used here, why (not), and details."""
+
+    name: str
+    usable: bool
+    why: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def backends() -> list[BackendInfo]:
+    """List every backend with whether it is usable on this machine, and why not.
+
+    Returns:
+        One :class:`BackendInfo` for each of ``cpu``, ``triton``, ``cuda``, ``reference``.
+
+    >>> import fastattn
+    >>> [b.name for b in fastattn.backends()]
+    ['cpu', 'triton', 'cuda', 'reference']
+    """
+    if _C_ERROR:
+        cpu = BackendInfo("cpu", False, f"fastattn._C is not built or does not load: {_C_ERROR}")
+    else:
+        details = {"isa": cpu_isa(), "isas": cpu_isas(), "threads": torch.get_num_threads()}
+        cpu = BackendInfo("cpu", True, "C++ kernels for fp32, bf16, fp16", details)
+    return [
+        cpu,
+        BackendInfo("triton", False, "the Triton kernels have not landed yet"),
+        BackendInfo("cuda", False, "the CUDA C++ kernels have not landed yet"),
+        BackendInfo("reference", True, "plain PyTorch on any device, every dtype; the oracle"),
+    ]
+
+
+def cpu_isas() -> list[str]:
+    """The CPU instruction sets that this machine can run, slowest first."""
+    mask = torch.ops.fastattn.cpu_isas_available(0)
+    return [name for i, name in enumerate(_ISAS) if mask >> i & 1]
+
+
+def cpu_isa() -> str:
+    """The CPU instruction set that the kernels use now."""
+    return _ISAS[torch.ops.fastattn.cpu_isa_force(-2)]
+
+
+@contextlib.contextmanager
+def force_cpu_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels on one instruction set inside a ``with`` block (for tests and benches).
+
+    Args:
+        name: one of :func:`cpu_isas`; process-wide while the block runs.
+
+    Raises:
+        ValueError: this machine cannot run it.
+    """
+    if name not in cpu_isas():
+        raise ValueError(f"instruction set {name!r} is not usable here; usable: {cpu_isas()}")
+    former = cpu_isa()
+    torch.ops.fastattn.cpu_isa_force(_ISAS.index(name))
+    try:
+        yield
+    finally:
+        torch.ops.fastattn.cpu_isa_force(_ISAS.index(former))
+
+
+def _why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """None where ``backend`` can serve the call, else the reason why it cannot."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if _C_ERROR:
+            return f"fastattn._C is not built or does not load ({_C_ERROR}); reinstall fastattn"
+        if device != "cpu":
+            return f"it takes CPU tensors, got device {device!r}"
+        if dtype not in _CPU_DTYPES:
+            return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
+        return None
+    return "its kernels have not landed yet; see fastattn.backends()"
+
+
+@functools.lru_cache(maxsize=256)
+def select(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that ``op`` takes: the explicit one, or the first of the table that can.
+
+    Raises:
+        ValueError: an unknown backend, or an explicit one that cannot serve the call.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
+    if backend != "auto":
+        why = _why_not(op, backend, device, dtype)
+        if why is not None:
+            raise ValueError(f"fastattn::{op}: backend={backend!r} cannot serve this call: {why}")
+        return backend
+    for candidate in _AUTO.get(device, ("reference",)):
+        why = _why_not(op, candidate, device, dtype)
+        if why is None:
+            break
+    if candidate == "reference" and not (device == "cpu" and dtype == torch.float64):
+        warnings.warn(
+            f"fastattn::{op} runs the plain PyTorch reference for {dtype} on {device!r} "
+            "(memory Sq x Sk, no fused kernel); see fastattn.backends()",
+            PerformanceWarning,
+            stacklevel=4,
+        )
+    return candidate

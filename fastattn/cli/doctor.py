@@ -1,0 +1,191 @@
+"""``fastattn doctor``: look, never guess, never fail. Each fact is what was found here."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastattn
+from fastattn.backends import cpu_isa, cpu_isas
+
+# What each instruction set needs, in the names of /proc/cpuinfo.
+_ISA_FLAGS = {
+    "portable": (),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "amx": ("amx_tile", "amx_bf16"),
+}
+
+
+def examine() -> dict[str, Any]:
+    """Everything that ``doctor`` reports, as plain data."""
+    return {
+        "fastattn": fastattn.__version__,
+        "python": sys.version.split()[0],
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "versions": {
+            name: _version(name)
+            for name in ("torch", "triton", "transformers", "numpy", "rich", "matplotlib")
+        },
+        "torch": _torch(),
+        "cpu": examine_cpu(),
+        "extension": _extension(),
+        "compilers": {name: _compiler(name) for name in _compiler_names()},
+        "backends": [
+            {"name": b.name, "usable": b.usable, "why": b.why, "details": _plain(b.details)}
+            for b in fastattn.backends()
+        ],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _torch() -> dict[str, Any]:
+    available = torch.cuda.is_available()
+    return {
+        "built_for_cuda": torch.version.cuda,
+        "cuda_available": available,
+        "devices": [
+            torch.cuda.get_device_name(i)
+            for i in range(torch.cuda.device_count() if available else 0)
+        ],
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "mkldnn": torch.backends.mkldnn.is_available(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def examine_cpu() -> dict[str, Any]:
+    """The processor, and each instruction set: found, usable, or why not."""
+    flags, model = _cpuinfo()
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    try:
+        usable, active = cpu_isas(), cpu_isa()
+    except (AttributeError, RuntimeError, NotImplementedError):  # not built, or does not load
+        usable, active = [], "none (the extension is not loaded)"
+    isas = {}
+    for name, needs in _ISA_FLAGS.items():
+        missing = [flag for flag in needs if flag not in flags]
+        if name in usable:
+            why = "usable"
+        elif flags and missing:
+            why = "the processor or the system lacks " + ", ".join(missing)
+        elif usable:
+            why = "the processor lists it, but the system or the build does not offer it"
+        else:
+            why = "the extension is not loaded"
+        isas[name] = {"detected": not missing, "usable": name in usable, "why": why}
+    return {"model": model, "cores": cores, "active": active, "instruction_sets": isas}
+
+
+def _cpuinfo() -> tuple[set[str], str]:
+    path = Path("/proc/cpuinfo")
+    flags: set[str] = set()
+    model = platform.processor() or platform.machine()
+    if path.exists():
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            if key.strip() in ("flags", "Features"):
+                return set(value.split()), model
+    return flags, model
+
+
+def _extension() -> dict[str, Any]:
+    try:
+        module = importlib.import_module("fastattn._C")
+    except ImportError as error:
+        return {"loaded": False, "why": str(error).splitlines()[0]}
+    facts: dict[str, Any] = {"loaded": True, "file": Path(str(module.__file__)).name}
+    info = getattr(module, "build_info", None)
+    if info is not None:
+        facts["build"] = _plain(info() if callable(info) else info)
+    return facts
+
+
+def _compiler_names() -> list[str]:
+    cxx = os.environ.get("CXX")
+    return [*([cxx] if cxx else []), "c++", "g++", "clang++", "nvcc"]
+
+
+def _compiler(name: str) -> str | None:
+    path = shutil.which(name)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not run: {error}"
+    lines = done.stdout.strip().splitlines()
+    return (lines[-2] if name == "nvcc" and len(lines) > 1 else lines[0]) if lines else "?"
+
+
+def render(facts: dict[str, Any], console: Console | None = None) -> None:
+    """Print the facts as tables."""
+    console = console or make_console()
+    console.print(f"[bold]fastattn {facts['fastattn']}[/]  Python {facts['python']}  ", end="")
+    console.print(facts["platform"])
+
+    table = Table(title="Backends", title_justify="left")
+    for column in ("backend", "usable", "why"):
+        table.add_column(column)
+    for backend in facts["backends"]:
+        table.add_row(backend["name"], _yes(backend["usable"]), backend["why"])
+    console.print(table)
+
+    cpu = facts["cpu"]
+    title = f"CPU: {cpu['model']}, {cpu['cores']} cores, active: {cpu['active']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("instruction set", "detected", "usable", "why"):
+        table.add_column(column)
+    for name, isa in cpu["instruction_sets"].items():
+        table.add_row(name, _yes(isa["detected"]), _yes(isa["usable"]), isa["why"])
+    console.print(table)
+
+    table = Table(title="Software", title_justify="left", show_header=False)
+    for name, version in facts["versions"].items():
+        table.add_row(name, version or "[dim]not installed[/]")
+    for name, value in facts["torch"].items():
+        table.add_row(f"torch: {name.replace('_', ' ')}", str(value))
+    for name, value in facts["extension"].items():
+        table.add_row(f"fastattn._C: {name}", str(value))
+    for name, value in facts["compilers"].items():
+        table.add_row(name, value or "[dim]not found[/]")
+    console.print(table)
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """A console that is 100 columns wide where it is not a terminal."""
+    console = Console(quiet=quiet, highlight=False)
+    if not console.is_terminal:
+        console.width = 100
+    return console
+
+
+def _yes(value: bool) -> str:
+    return "[green]yes[/]" if value else "[yellow]no[/]"

@@ -1,0 +1,333 @@
+"""The torch.library ops beneath ``fastattn.attention``: schema, fake, autograd, vmap.
+
+``attention_fwd`` and ``attention_bwd`` serve padded and packed calls alike: with ``cu_seqlens_q``
+q, k, v are (T, H, D), else (B, H, S, D). Kernels register under their dispatch keys (the CPU ones
+in csrc/bindings/attention.cpp); this file holds what is the same for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tensor arguments shared by both ops, then the numbers.
+_SHARED = (
+    "Tensor? mask, Tensor? bias, Tensor? q_lens, Tensor? k_lens, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, "
+    "int causal, int window_left, int window_right, float softcap, float dropout_p, int weights, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k"
+)
+_N_SHARED = _SHARED.count(",") + 1
+
+# attention_bwd computes only what this bit set asks for; the other results are empty.
+NEED_DQ, NEED_DK, NEED_DV, NEED_DBIAS, NEED_DSINKS = 1, 2, 4, 8, 16
+WEIGHTS_NONE, WEIGHTS_FULL, WEIGHTS_MEAN = 0, 1, 2
+CAUSAL_NONE, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT = 0, 1, 2
+
+_lib = torch.library.Library("fastattn", "DEF")
+_lib.define("cpu_isas_available(int _) -> int")
+_lib.define("cpu_isa_force(int isa) -> int")
+_lib.define(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_SHARED})"
+    " -> (Tensor o, Tensor lse, Tensor lse_lo, Tensor weights)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    "attention_bwd(Tensor? do, Tensor? dlse, Tensor? dweights, Tensor q, Tensor k, Tensor v, "
+    f"Tensor? o, Tensor lse, Tensor lse_lo, {_SHARED}, int need)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _empty_as(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """Memory order of every result: x's own where x is contiguous, else (B, S, H, D) memory,
+    which is what a model that made heads by ``view(B, S, H, D).transpose(1, 2)`` reads next."""
+    if x.dim() == 3 or x.is_contiguous():
+        return x.new_empty(shape)
+    b, h, s, d = shape
+    return x.new_empty((b, s, h, d)).transpose(1, 2)
+
+
+@torch.library.register_fake("fastattn::attention_fwd", lib=_lib)  # type: ignore[untyped-decorator]
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:
+    args = Shared(*shared)
+    o = _empty_as(q, (*q.shape[:-1], v.shape[-1]))
+    f32 = {"dtype": torch.float32}
+    if args.cu_seqlens_q is not None:
+        b, h = args.cu_seqlens_q.shape[0] - 1, q.shape[1]
+        sq, sk = args.max_seqlen_q, args.max_seqlen_k
+        lse = q.new_empty((h, q.shape[0]), **f32)
+    else:
+        b, h, sq = q.shape[:3]
+        sk = k.shape[2]
+        lse = q.new_empty((b, h, sq), **f32)
+    lse_lo = torch.empty_like(lse) if args.bias is not None else q.new_empty((0,), **f32)
+    shapes = {WEIGHTS_NONE: (0,), WEIGHTS_FULL: (b, h, sq, sk), WEIGHTS_MEAN: (b, sq, sk)}
+    return o, lse, lse_lo, q.new_empty(shapes[args.weights])
+
+
+@torch.library.register_fake("fastattn::attention_bwd", lib=_lib)  # type: ignore[untyped-decorator]
+def _bwd_fake(
+    do: Tensor | None,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor | None,
+    lse: Tensor,
+    lse_lo: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    args, need = Shared(*rest[:-1]), rest[-1]
+
+    def same(x: Tensor, bit: int) -> Tensor:
+        return _empty_as(x, tuple(x.shape)) if need & bit else q.new_empty((0,))
+
+    def flat(x: Tensor | None, bit: int) -> Tensor:
+        return x.new_empty(x.shape) if x is not None and need & bit else q.new_empty((0,))
+
+    return (
+        same(q, NEED_DQ),
+        same(k, NEED_DK),
+        same(v, NEED_DV),
+        flat(args.bias, NEED_DBIAS),
+        flat(args.sinks, NEED_DSINKS),
+    )
+
+
+class Shared:
+    """The arguments that both ops share, by name."""
+
+    __slots__ = (
+        "mask",
+        "bias",
+        "q_lens",
+        "k_lens",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "alibi_slopes",
+        "sinks",
+        "seed",
+        "scale",
+        "causal",
+        "window_left",
+        "window_right",
+        "softcap",
+        "dropout_p",
+        "weights",
+        "max_seqlen_q",
+        "max_seqlen_k",
+    )
+
+    def __init__(self, *values: Any) -> None:
+        for name, value in zip(self.__slots__, values, strict=True):
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:  # for mypy: slots are set by name above
+        raise AttributeError(name)
+
+    def reference_kwargs(self) -> dict[str, Any]:
+        """The same call in the words of ``fastattn.reference``."""
+        limits = tuple(None if w < 0 else w for w in (self.window_left, self.window_right))
+        kwargs: dict[str, Any] = {
+            "mask": self.mask,
+            "bias": self.bias,
+            "causal": (False, True, "bottom_right")[self.causal],
+            "window": None if limits == (None, None) else limits,
+            "alibi_slopes": self.alibi_slopes,
+            "softcap": self.softcap or None,
+            "sinks": self.sinks,
+            "scale": self.scale,
+            "dropout_p": self.dropout_p,
+            "seed": self.seed,
+            "return_lse": True,
+            "return_weights": (False, True, "mean")[self.weights],
+        }
+        if self.cu_seqlens_q is not None:
+            kwargs |= {"max_seqlen_q": self.max_seqlen_q, "max_seqlen_k": self.max_seqlen_k}
+        else:
+            kwargs |= {"q_lens": self.q_lens, "k_lens": self.k_lens}
+        return kwargs
+
+
+# Positions of the differentiable arguments of attention_fwd.
+_POS_BIAS, _POS_SINKS = 3 + 1, 3 + 7
+
+
+def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, *shared = inputs
+    needs = ctx.needs_input_grad
+    need = (
+        NEED_DQ * needs[0]
+        | NEED_DK * needs[1]
+        | NEED_DV * needs[2]
+        | NEED_DBIAS * needs[_POS_BIAS]
+        | NEED_DSINKS * needs[_POS_SINKS]
+    )
+    ctx.need, ctx.numbers = need, shared[9:]
+    o, lse, lse_lo, _ = output
+    ctx.mark_non_differentiable(lse_lo)
+    ctx.set_materialize_grads(False)
+    # dv = P^T do needs neither o nor delta.
+    ctx.save_for_backward(q, k, v, o if need & ~NEED_DV else None, lse, lse_lo, *shared[:9])
+
+
+def _fwd_backward(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any, dweights: Tensor | None
+) -> tuple[Any, ...]:
+    grads: list[Any] = [None] * (3 + _N_SHARED)
+    if do is None and dlse is None and dweights is None:
+        return tuple(grads)
+    if ctx.numbers[5] == WEIGHTS_NONE:
+        dweights = None
+    q, k, v, o, lse, lse_lo, *tensors = ctx.saved_tensors
+    if do is None:
+        o = None
+    results = torch.ops.fastattn.attention_bwd(
+        do, dlse, dweights, q, k, v, o, lse, lse_lo, *tensors, *ctx.numbers, ctx.need
+    )
+    for pos, grad, bit in zip(
+        (0, 1, 2, _POS_BIAS, _POS_SINKS), results, (1, 2, 4, 8, 16), strict=True
+    ):
+        if ctx.need & bit:
+            grads[pos] = grad
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "fastattn::attention_fwd", _fwd_backward, setup_context=_fwd_setup, lib=_lib
+)
+
+
+def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:6], *inputs[9:18])
+    ctx.numbers = inputs[18:]
+    ctx.set_materialize_grads(False)
+
+
+def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
+    """Double backward: differentiate the reference formula twice, in at least fp32.
+
+    o and lse are functions of q, k, v, so their part of the derivative is in the formula.
+    """
+    from fastattn import reference
+
+    saved = ctx.saved_tensors
+    *numbers, need = ctx.numbers
+    shared = Shared(*saved[6:], *numbers)
+    upstream, (q, k, v) = saved[:3], saved[3:6]
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        if x is None or not x.is_floating_point():
+            return x
+        return x.detach().to(wide).requires_grad_()
+
+    with torch.enable_grad():
+        q_, k_, v_, bias_, sinks_ = map(leaf, (q, k, v, shared.bias, shared.sinks))
+        upstream_ = tuple(map(leaf, upstream))
+        shared.bias, shared.sinks = bias_, sinks_
+        kwargs = shared.reference_kwargs()
+        if shared.cu_seqlens_q is not None:
+            outputs = reference.attention_varlen(
+                q_, k_, v_, shared.cu_seqlens_q, shared.cu_seqlens_k, **kwargs
+            )
+        else:
+            outputs = reference.attention(q_, k_, v_, **kwargs)
+        pairs = [(o, g) for o, g in zip(outputs, upstream_, strict=False) if g is not None]
+        inputs = [
+            x for i, x in enumerate((q_, k_, v_, bias_, sinks_)) if need >> i & 1 and x is not None
+        ]
+        first = torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [g.to(o.dtype) for o, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        wanted = [gg for i, gg in enumerate(grads_of_grads) if need >> i & 1]
+        use = [
+            (g, gg.to(g.dtype)) for g, gg in zip(first, wanted, strict=True) if None not in (g, gg)
+        ]
+        leaves = [*upstream_, q_, k_, v_, bias_, sinks_]
+        present = [x for x in leaves if x is not None]
+        second = iter(
+            torch.autograd.grad(
+                [g for g, _ in use], present, [gg for _, gg in use], allow_unused=True
+            )
+            if use
+            else [None] * len(present)
+        )
+    originals = [*upstream, q, k, v, saved[7], saved[13]]
+    out = []
+    for original, x in zip(originals, leaves, strict=True):
+        g = next(second) if x is not None else None
+        out.append(None if g is None else g.to(original.dtype))
+    result: list[Any] = [None] * (9 + _N_SHARED + 1)
+    result[:6] = out[:6]
+    result[9 + 1], result[9 + 7] = out[6], out[7]
+    return tuple(result)
+
+
+torch.library.register_autograd(
+    "fastattn::attention_bwd", _bwd_backward, setup_context=_bwd_setup, lib=_lib
+)
+
+
+def _vmap_by_loop(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """Right for every argument; a loop over the mapped dimension."""
+    results = []
+    for i in range(info.batch_size):
+        one = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        results.append(op(*one))
+    out = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return out, tuple(0 for _ in out)
+
+
+def _logical_dim(x: Tensor, dim: int | None) -> int:
+    return x.dim() - (dim is not None)
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The mapped dimension joins the batch; a 1-d placeholder for "absent" is passed as it is."""
+    if x is None:
+        return None
+    if _logical_dim(x, dim) <= 1:
+        return x if dim is None else x.select(dim, 0)
+    x = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+    return x.flatten(0, 1)
+
+
+def _vmap_batched(n_lead: int, op: Any) -> Any:
+    """vmap rule: the first ``n_lead`` arguments are (B, H, ...) and fold where no other is given."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        if any(x is not None for x in args[n_lead : n_lead + 9]):  # masks, lengths, sinks, seed
+            return _vmap_by_loop(op, info, in_dims, args)
+        n = info.batch_size
+        lead = [_fold(x, d, n) for x, d in zip(args[:n_lead], in_dims[:n_lead], strict=True)]
+        results = op(*lead, *args[n_lead:])
+        out = tuple(
+            r.unflatten(0, (n, r.shape[0] // n)) if r.dim() > 1 else r.expand(n, *r.shape)
+            for r in results
+        )
+        return out, tuple(0 for _ in out)
+
+    return rule
+
+
+torch.library.register_vmap(
+    "fastattn::attention_fwd",
+    _vmap_batched(3, torch.ops.fastattn.attention_fwd),
+    lib=_lib,
+)
+torch.library.register_vmap(
+    "fastattn::attention_bwd",
+    _vmap_batched(9, torch.ops.fastattn.attention_bwd),
+    lib=_lib,
+)
+

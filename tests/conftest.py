@@ -1,0 +1,30 @@
+"""Fixtures of the whole suite: one generator, one thread setting, the backends under test."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# The fused backends that run on this machine's CPU. A new one joins every feature test by its name.
+KERNEL_BACKENDS = ("reference",)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from the same generator state and leaves the thread count as it was."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=KERNEL_BACKENDS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """A fused backend: what is measured against the oracle."""
+    return request.param
+
+
+@pytest.fixture(params=("reference", *KERNEL_BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Any backend: for the contract that all of them hold (edge cases, errors, semantics)."""
+    return request.param

@@ -1,0 +1,133 @@
+"""What the tests of `fastattn.nn` and `fastattn.swap` share: counting calls, judging a model."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tools import assert_within
+from torch import Tensor, nn
+
+import fastattn.nn.multihead_attention as mha_module
+import fastattn.swap._transformers as hf_module
+
+Call = Callable[[nn.Module, torch.dtype], dict[str, Tensor]]
+
+
+class Calls(list[dict[str, Any]]):
+    """The keyword arguments of every call of the ops, with q, k, v and the op's name."""
+
+    def ops(self) -> list[str]:
+        return [call["op"] for call in self]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Records every call that the modules and the swap make to the public ops."""
+    record = Calls()
+
+    def spy(module: Any, op: str) -> None:
+        original = getattr(module, op)
+
+        def wrapper(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+            record.append({"op": op, "q": q, "k": k, "v": v, **kwargs})
+            return original(q, k, v, *args, **kwargs)
+
+        monkeypatch.setattr(module, op, wrapper)
+
+    spy(mha_module, "attention")
+    spy(mha_module, "attention_varlen")
+    spy(hf_module, "attention")
+    return record
+
+
+def outputs_and_grads(model: nn.Module, call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The outputs of `call` and the gradients of every parameter under a fixed upstream gradient."""
+    model.zero_grad()
+    outputs = call(model, dtype)
+    differentiable = [x for x in outputs.values() if x.requires_grad]
+    generator = torch.Generator().manual_seed(7)
+    upstream = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        for x in differentiable
+    ]
+    results = {name: x.detach() for name, x in outputs.items()}
+    if differentiable:
+        torch.autograd.backward(differentiable, upstream)
+        results |= {
+            f"d {name}": p.grad.detach().clone()
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+    model.zero_grad()
+    return results
+
+
+def judge_model(stock: nn.Module, fused: nn.Module, call: Call) -> None:
+    """Outputs and gradients of `fused`: error at most twice that of `stock`, both against fp64."""
+    dtype = next(stock.parameters()).dtype
+    got = outputs_and_grads(fused, call, dtype)
+    plain = outputs_and_grads(stock, call, dtype)
+    right = outputs_and_grads(copy.deepcopy(stock).double(), call, torch.float64)
+    assert got.keys() == plain.keys() == right.keys()
+    for name, x in right.items():
+        # A key bias moves all logits of a row alike: its gradient is 0 and what is computed is
+        # the rounding of a sum, so errors are measured on the scale of all gradients.
+        floor = 0.0
+        if name.startswith("d "):
+            scale = max(float(y.abs().max()) for n, y in right.items() if n.startswith("d "))
+            floor = 4 * torch.finfo(dtype).eps * scale
+        assert_within(name, got[name], x, [plain[name]], floor)
+
+
+def fake_gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of sum(outputs), by running the nodes of the graph one after the other.
+
+    Under FakeTensorMode(device="cuda") on a machine without a GPU the engine of a torch built for
+    CUDA asks for a device that is not there; the nodes themselves run.  Like the engine this sums
+    a gradient over the dimensions that its input was broadcast over.
+    """
+    waiting: dict[Any, int] = {}  # edges into a node that have not delivered yet
+    todo = [x.grad_fn for x in outputs]
+    reached = set(todo)
+    while todo:
+        for parent, _ in todo.pop().next_functions:
+            if parent is None:
+                continue
+            waiting[parent] = waiting.get(parent, 0) + 1
+            if parent not in reached:
+                reached.add(parent)
+                todo.append(parent)
+
+    arrived: dict[Any, dict[int, Tensor]] = {}
+
+    def deliver(node: Any, slot: int, grad: Tensor | None) -> None:
+        if grad is None:
+            return
+        grad = grad.sum_to_size(tuple(node._input_metadata[slot].shape))
+        slots = arrived.setdefault(node, {})
+        slots[slot] = slots[slot] + grad if slot in slots else grad
+
+    for x in outputs:
+        deliver(x.grad_fn, x.output_nr, torch.ones_like(x))
+    ready = [node for node in reached if not waiting.get(node)]
+    found: dict[int, Tensor] = {}
+    while ready:
+        node = ready.pop()
+        slots = arrived.get(node, {})
+        grads: Any = ()
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = slots[0]
+        elif slots:
+            arguments = [slots.get(i) for i in range(len(node._input_metadata))]
+            grads = node.apply(*arguments) if hasattr(node, "apply") else node(*arguments)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        for i, (parent, slot) in enumerate(node.next_functions):
+            if parent is None:
+                continue
+            deliver(parent, slot, grads[i] if slots else None)
+            waiting[parent] -= 1
+            if not waiting[parent]:
+                ready.append(parent)
+    return [found.get(id(x)) for x in leaves]

@@ -1,0 +1,437 @@
+"""What the attention tests share: problems, the fp64 oracle's verdict on them, and a fake engine.
+
+A `Problem` is one call of `attention` or `attention_varlen` with its upstream gradients. `judge`
+runs it on a backend and compares outputs and gradients with the fp64 oracle:
+
+    error <= 2 x the error of plain PyTorch in the same dtype + floor
+
+both relative to the norm and elementwise. Plain PyTorch is F.scaled_dot_product_attention where it
+has the feature, else the reference in the inputs' dtype. The floor is derived, see `_floors`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastattn
+from fastattn import reference
+
+KINDS = ("normal", "offset", "tiny", "huge", "outliers")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+EPS32 = torch.finfo(torch.float32).eps
+
+dtype_name = str  # pytest ids: "torch.float32"
+
+
+def values(shape: Sequence[int], dtype: torch.dtype, kind: str, role: str = "q") -> Tensor:
+    """Random values of one of KINDS; `role` says which of q, k, v they are for."""
+    x = torch.randn(tuple(shape), dtype=torch.float64)
+    if kind == "offset":  # on keys and values: on q too, every logit would be its own rounding
+        x = x + (1000.0 if role in "kv" else 0.0)
+    elif kind == "tiny":
+        x = x * 1e-4
+    elif kind == "huge":
+        x = x * (12.0 if role in "qk" else 1000.0)
+    elif kind == "outliers":
+        x = torch.where(torch.rand(tuple(shape), dtype=torch.float64) < 0.01, x * 50.0, x)
+    else:
+        assert kind == "normal", kind
+    return x.to(dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call with its upstream gradients; every tensor keeps the strides it was made with."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    cu_seqlens: tuple[Tensor, Tensor] | None = None
+    upstream: dict[str, Tensor] | None = None  # by output: "o", "lse", "weights"
+    frozen: tuple[str, ...] = ()  # of DIFFERENTIABLE, those that need no gradient
+
+    def with_(self, **kwargs: Any) -> "Problem":
+        return replace(self, kwargs={**self.kwargs, **kwargs})
+
+    def leaves(self, cast: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+        """The differentiable inputs; `cast` is applied to each."""
+        tensors = {"q": self.q, "k": self.k, "v": self.v}
+        tensors |= {n: self.kwargs[n] for n in ("bias", "sinks") if n in self.kwargs}
+        return {
+            n: cast(x.detach()).requires_grad_(n not in self.frozen) for n, x in tensors.items()
+        }
+
+    def call(
+        self, attention: Callable, leaves: dict[str, Tensor], **more: Any
+    ) -> dict[str, Tensor]:
+        """All outputs by name."""
+        given = {**self.kwargs, **{n: x for n, x in leaves.items() if n not in "qkv"}}
+        cu = self.cu_seqlens or ()
+        out = attention(
+            leaves["q"], leaves["k"], leaves["v"], *cu, **given, return_lse=True, **more
+        )
+        return dict(zip(("o", "lse", "weights"), out, strict=False))
+
+    def upstream_for(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.upstream is not None:
+            return self.upstream
+        gen = torch.Generator().manual_seed(7)
+        lse_dtype = torch.promote_types(self.q.dtype, torch.float32)
+        return {
+            n: torch.randn(x.shape, generator=gen).to(lse_dtype if n == "lse" else self.q.dtype)
+            for n, x in outputs.items()
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    outputs: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+    def all(self) -> dict[str, Tensor]:
+        return {**self.outputs, **{f"d{n}": g for n, g in self.grads.items()}}
+
+
+def grads_of(
+    outputs: dict[str, Tensor], leaves: dict[str, Tensor], upstream: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    names = [n for n in outputs if n in upstream and outputs[n].requires_grad]
+    wanted = {n: x for n, x in leaves.items() if x.requires_grad}
+    grads = torch.autograd.grad(
+        [outputs[n] for n in names],
+        list(wanted.values()),
+        [upstream[n].to(outputs[n].dtype) for n in names],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(wanted, grads, strict=True))
+
+
+def run(problem: Problem, backend: str, **more: Any) -> Result:
+    """The problem on a backend, through the public functions."""
+    fn = fastattn.attention if problem.cu_seqlens is None else fastattn.attention_varlen
+    leaves = problem.leaves()
+    outputs = problem.call(fn, leaves, backend=backend, **more)
+    return Result(outputs, grads_of(outputs, leaves, problem.upstream_for(outputs)))
+
+
+def _reference_fn(problem: Problem) -> Callable:
+    return reference.attention if problem.cu_seqlens is None else reference.attention_varlen
+
+
+def oracle(problem: Problem) -> tuple[Result, dict[str, Tensor]]:
+    """The fp64 result, and the floor of each gradient (see `_floors`)."""
+    leaves = problem.leaves(lambda x: x.double())
+    outputs = problem.call(_reference_fn(problem), leaves)
+    upstream = {n: g.double() for n, g in problem.upstream_for(outputs).items()}
+    result = Result(outputs, grads_of(outputs, leaves, upstream))
+    return result, _floors(problem, leaves, outputs, upstream)
+
+
+def _floors(
+    problem: Problem,
+    leaves: dict[str, Tensor],
+    outputs: dict[str, Tensor],
+    upstream: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """The error that a fused backward cannot avoid, per gradient.
+
+    It forms delta = rowsum(do * o) from an o stored in the inputs' dtype and from fp32 sums (which
+    it does not add up in the order of the other term), while dS = P * (dP - delta + dlse). An error
+    of delta moves the gradients as an upstream gradient of lse does, so it is what the oracle's
+    graph answers to that.
+    """
+    o = outputs["o"].detach()
+    do = upstream.get("o", torch.zeros_like(o))
+    error = (do * (o.to(problem.q.dtype).double() - o)).sum(-1).abs()
+    error = error + 4 * EPS32 * do.norm(dim=-1) * o.norm(dim=-1)
+    if problem.cu_seqlens is not None:
+        error = error.transpose(0, 1)
+    if "lse" in upstream:
+        error = error + 4 * EPS32 * upstream["lse"].abs()
+    if "weights" in upstream and problem.cu_seqlens is None:
+        w, dw = outputs["weights"].detach(), upstream["weights"]
+        noise = 4 * EPS32 * dw.norm(dim=-1) * w.norm(dim=-1)
+        error = error + (noise if noise.dim() == 3 else noise[:, None])
+    if not outputs["lse"].requires_grad:  # v alone needs a gradient, and delta has no part in it
+        return {n: torch.zeros_like(x) for n, x in leaves.items()}
+    error = torch.where(outputs["lse"].detach().isfinite() & error.isfinite(), error, 0.0)
+    return {n: g.abs() for n, g in grads_of(outputs, leaves, {"lse": error}).items()}
+
+
+def _plain(problem: Problem) -> list[Result]:
+    """Plain PyTorch in the problem's dtype, in two orders of summation over the head dim."""
+    results = []
+    for order in (torch.arange(problem.q.shape[-1]), torch.randperm(problem.q.shape[-1])):
+        leaves = problem.leaves()
+        shuffled = {**leaves, "q": leaves["q"][..., order], "k": leaves["k"][..., order]}
+        outputs = problem.call(_reference_fn(problem), shuffled)
+        upstream = problem.upstream_for(outputs)
+        results.append(Result(outputs, grads_of(outputs, leaves, upstream)))
+    return results
+
+
+def sdpa(problem: Problem) -> Result:
+    """F.scaled_dot_product_attention on a problem that has nothing but causal, mask, scale, GQA."""
+    leaves, given = problem.leaves(), dict(problem.kwargs)
+    o = F.scaled_dot_product_attention(
+        leaves["q"],
+        leaves["k"],
+        leaves["v"],
+        attn_mask=given.pop("mask", None),
+        is_causal=given.pop("causal", False),
+        scale=given.pop("scale", None),
+        enable_gqa=problem.q.shape[1] != problem.k.shape[1],
+    )
+    assert not given, f"F.scaled_dot_product_attention has no {sorted(given)}"
+    outputs = {"o": o}
+    # Same generator, same order of outputs: the o of everyone else's upstream gradients.
+    return Result(outputs, grads_of(outputs, leaves, problem.upstream_for(outputs)))
+
+
+def assert_within(
+    name: str, got: Tensor, right: Tensor, plain: Sequence[Tensor], floor: Tensor | float = 0.0
+) -> None:
+    """`got` against `right` (fp64): error <= 2 x that of the worst of `plain` + floor."""
+    assert got.shape == right.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(right.shape)}"
+    if right.numel() == 0:
+        return
+    got, right, plain = got.detach(), right.detach(), [p.detach() for p in plain]
+    finite = right.isfinite()
+    odd = torch.where(finite, 0.0, right)
+    assert torch.equal(torch.where(finite, 0.0, got.double()), odd), (
+        f"{name}: {(got.isfinite() != finite).sum()} of {got.numel()} values are not "
+        f"(in)finite as they should be; NaN at {got.isnan().nonzero()[:3].tolist()}"
+    )
+
+    def errors(x: Tensor) -> Tensor:
+        return torch.where(finite, x.double() - right, 0.0).abs()
+
+    magnitude = torch.where(finite, right, 0.0)
+    unit = 4 * EPS32 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps / 2
+    floor = torch.as_tensor(floor, dtype=torch.float64)
+    error = errors(got)
+    for measure, size in (("norm", torch.linalg.vector_norm), ("max", torch.amax)):
+        spread = torch.broadcast_to(floor, right.shape)
+        limit = 2 * max(float(size(errors(p))) for p in plain)
+        limit += unit * float(size(magnitude.abs())) + 2 * float(size(spread))
+        # Subnormals of fp16: a value below them has only its absolute spacing.
+        limit += torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+        index = torch.unravel_index(error.argmax(), error.shape) if error.dim() else ()
+        worst = tuple(int(x) for x in index)
+        assert float(size(error)) <= limit, (
+            f"{name}: {measure} of the error {float(size(error)):.3e} > {limit:.3e} "
+            f"(plain PyTorch {[f'{float(size(errors(p))):.3e}' for p in plain]}); worst at {worst}:"
+            f" got {got[worst].item():.6e}, right {right[worst].item():.6e}"
+        )
+
+
+def judge(problem: Problem, backend: str, *, against: str = "reference", **more: Any) -> Result:
+    """Run the problem on the backend and hold outputs and gradients to the rule above.
+
+    against: "reference" or "sdpa", the plain PyTorch whose error is the measure.
+    """
+    got = run(problem, backend, **more)
+    right, floors = oracle(problem)
+    plain = [sdpa(problem)] if against == "sdpa" else _plain(problem)
+    for name, x in right.outputs.items():
+        if name in plain[0].outputs:
+            assert_within(name, got.outputs[name], x, [p.outputs[name] for p in plain])
+        else:  # lse next to SDPA, which gives none: fp32 rounding of a sum of Sk terms
+            x = x.detach()
+            scale = float(x[x.isfinite()].abs().amax()) if x.isfinite().any() else 0.0
+            logits = float(right_logits(problem))
+            assert_within(name, got.outputs[name], x, [x], 4 * EPS32 * (1.0 + scale + logits))
+    for name, x in right.grads.items():
+        assert_within(f"d{name}", got.grads[name], x, [p.grads[name] for p in plain], floors[name])
+        assert got.grads[name].dtype == got_dtype(problem, name)
+    return got
+
+
+def right_logits(problem: Problem) -> Tensor:
+    """The largest |logit| before the features: what fp32 rounds."""
+    q, k = problem.q.double(), problem.k.double()
+    scale = problem.kwargs.get("scale") or problem.q.shape[-1] ** -0.5
+    if 0 in (*q.shape, *k.shape):
+        return torch.zeros(())
+    return scale * q.norm(dim=-1).amax() * k.norm(dim=-1).amax()
+
+
+def got_dtype(problem: Problem, name: str) -> torch.dtype:
+    return (getattr(problem, name) if name in "qkv" else problem.kwargs[name]).dtype
+
+
+# ------------------------------------------------------------------------------ making problems
+
+
+def padded(
+    b: int = 2,
+    h: int = 2,
+    hk: int | None = None,
+    sq: int = 37,
+    sk: int | None = None,
+    d: int = 32,
+    dv: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    kind: str = "normal",
+    **kwargs: Any,
+) -> Problem:
+    """A problem of (B, H, S, D) tensors."""
+    hk, sk, dv = hk or h, sq if sk is None else sk, d if dv is None else dv
+    return Problem(
+        values((b, h, sq, d), dtype, kind, "q"),
+        values((b, hk, sk, d), dtype, kind, "k"),
+        values((b, hk, sk, dv), dtype, kind, "v"),
+        kwargs,
+    )
+
+
+def packed(
+    lens_q: Sequence[int],
+    lens_k: Sequence[int] | None = None,
+    h: int = 2,
+    hk: int | None = None,
+    d: int = 32,
+    dv: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    kind: str = "normal",
+    slack: int = 0,
+    cu_dtype: torch.dtype = torch.int32,
+    **kwargs: Any,
+) -> Problem:
+    """A problem of (T, H, D) tensors; `slack` more tokens lie behind the last sequence."""
+    lens_k, hk, dv = lens_q if lens_k is None else lens_k, hk or h, d if dv is None else dv
+    cu_q, cu_k = (cumulative(lens, cu_dtype) for lens in (lens_q, lens_k))
+    tq, tk = sum(lens_q) + slack, sum(lens_k) + slack
+    return Problem(
+        values((tq, h, d), dtype, kind, "q"),
+        values((tk, hk, d), dtype, kind, "k"),
+        values((tk, hk, dv), dtype, kind, "v"),
+        kwargs,
+        (cu_q, cu_k),
+    )
+
+
+def cumulative(lens: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor([0, *lens]).cumsum(0).to(dtype)
+
+
+# --------------------------------------------------------------- autograd without a device
+
+
+def fake_grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of sum(outputs), by calling the nodes of the graph one after the other.
+
+    torch 2.14.1 built for CUDA cannot run its own engine under FakeTensorMode(device="cuda") where
+    there is no GPU ("hasPrimaryContext expects a valid device index": the mode's stand-in device
+    guard reports one device, the CUDA hooks none). The nodes themselves run.
+    """
+    order: list[Any] = []
+    seen: set[Any] = set()
+
+    def visit(node: Any) -> None:
+        if node is None or node in seen:
+            return
+        seen.add(node)
+        for parent, _ in node.next_functions:
+            visit(parent)
+        order.append(node)
+
+    arriving: dict[Any, dict[int, Tensor]] = {}
+    for out in outputs:
+        visit(out.grad_fn)
+        arriving.setdefault(out.grad_fn, {})[out.output_nr] = torch.ones_like(out)
+    leaf_grads: dict[int, Tensor] = {}
+    for node in reversed(order):
+        incoming = arriving.get(node, {})
+        if hasattr(node, "variable"):
+            if incoming:
+                leaf_grads[id(node.variable)] = incoming[0]
+            continue
+        slots = getattr(node, "_input_metadata", None) or [None]
+        args = [incoming.get(i) for i in range(max(len(slots), *(i + 1 for i in incoming), 1))]
+        results = node.apply(*args) if hasattr(node, "apply") else node(*args)
+        results = results if isinstance(results, tuple) else (results,)
+        for (parent, slot), grad in zip(node.next_functions, results, strict=False):
+            if parent is not None and grad is not None:
+                slots_of = arriving.setdefault(parent, {})
+                slots_of[slot] = slots_of[slot] + grad if slot in slots_of else grad
+    return [leaf_grads.get(id(x)) for x in inputs]
+
+
+# ---------------------------------------------------------------------------------- the features
+
+
+def _lens(n: int, longest: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """n lengths from 0 to `longest`, the longest among them."""
+    lens = torch.randint(0, longest + 1, (n,))
+    lens[-1:] = longest
+    return lens.to(dtype)
+
+
+def _mask(*shape: int) -> Tensor:
+    """Three quarters shown; every row shows a key where there is one."""
+    mask = torch.rand(*shape) < 0.75
+    mask[..., :1] = True
+    return mask
+
+
+# Each takes (B, H, Sq, Sk, dtype) and returns arguments of attention.
+FEATURES: dict[str, Callable[[int, int, int, int, torch.dtype], dict[str, Any]]] = {
+    "plain": lambda b, h, m, n, t: {},
+    "scale": lambda b, h, m, n, t: {"scale": 0.31},
+    "causal": lambda b, h, m, n, t: {"causal": True},
+    "bottom_right": lambda b, h, m, n, t: {"causal": "bottom_right"},
+    "window": lambda b, h, m, n, t: {"window": (9, 5)},
+    "window_left": lambda b, h, m, n, t: {"window": (11, None)},
+    "window_right": lambda b, h, m, n, t: {"window": (None, 0)},
+    "window_causal": lambda b, h, m, n, t: {"window": (16, None), "causal": True},
+    "window_bottom_right": lambda b, h, m, n, t: {"window": (16, 3), "causal": "bottom_right"},
+    "mask": lambda b, h, m, n, t: {"mask": _mask(b, h, m, n)},
+    "key_mask": lambda b, h, m, n, t: {"mask": _mask(b, 1, 1, n)},
+    "bias": lambda b, h, m, n, t: {"bias": values((b, h, m, n), t, "normal")},
+    "bias_fp32": lambda b, h, m, n, t: {"bias": values((1, h, m, n), torch.float32, "normal")},
+    "q_lens": lambda b, h, m, n, t: {"q_lens": _lens(b, m)},
+    "k_lens": lambda b, h, m, n, t: {"k_lens": _lens(b, n)},
+    "lens_bottom_right": lambda b, h, m, n, t: {
+        "q_lens": _lens(b, m, torch.int64),
+        "k_lens": _lens(b, n, torch.int64),
+        "causal": "bottom_right",
+    },
+    "alibi": lambda b, h, m, n, t: {"alibi_slopes": torch.rand(h) * 0.2},
+    "alibi_batch": lambda b, h, m, n, t: {"alibi_slopes": torch.rand(b, h) * 0.2},
+    "softcap": lambda b, h, m, n, t: {"softcap": 1.7},
+    "sinks": lambda b, h, m, n, t: {"sinks": torch.randn(h)},
+    "dropout": lambda b, h, m, n, t: {"dropout_p": 0.3, "seed": 2**40 + 11},
+    "weights": lambda b, h, m, n, t: {"return_weights": True},
+    "weights_mean": lambda b, h, m, n, t: {"return_weights": "mean"},
+    "all": lambda b, h, m, n, t: {
+        "mask": _mask(b, 1, m, n),
+        "bias": values((h, 1, n), t, "normal"),
+        "causal": "bottom_right",
+        "window": (40, 2),
+        "q_lens": _lens(b, m),
+        "k_lens": _lens(b, n),
+        "alibi_slopes": torch.rand(h) * 0.1,
+        "softcap": 3.0,
+        "sinks": torch.randn(h),
+        "scale": 0.2,
+        "dropout_p": 0.2,
+        "seed": 5,
+        "return_weights": True,
+    },
+}
+
+
+def featured(feature: str, **shape: Any) -> Problem:
+    """`padded(**shape)` with a feature of FEATURES."""
+    problem = padded(**shape)
+    (b, h, m, _), n = problem.q.shape, problem.k.shape[2]
+    return problem.with_(**FEATURES[feature](b, h, m, n, problem.q.dtype))
