@@ -72,6 +72,7 @@ bench: $(BUILD)
 	$(BIN)/python -m bench $(ARGS)
 
 wheel: $(BUILD)
+	@rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 

@@ -1,6 +1,6 @@
 """`make bench` = `python -m bench`: every row, the sweep, the memory rows, then RESULTS.md.
 
-About 25 minutes; `--quick` takes few rounds and few shapes and writes nowhere but bench/out.
+10 to 25 minutes; `--quick` takes few rounds and few shapes and writes nowhere but bench/out.
 """
 
 import argparse

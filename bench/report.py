@@ -148,6 +148,15 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
+def headline(result: dict[str, Any]) -> str:
+    """For the README: the sum, and the rows with a target."""
+    env = result["environment"]
+    rows = [r for r in result["timed"] if _tag(r) == "table"]
+    where = f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, {env['date']}"
+    text = f"{summary(result)} ({where}; all rows: [bench/RESULTS.md](bench/RESULTS.md))"
+    return f"{text}\n\n{_speed(rows)}\n\n{_memory(result['memory'])}"
+
+
 def markdown(result: dict[str, Any], profile: bool) -> str:
     env = result["environment"]
     by_tag: dict[str, list[Row]] = {}

@@ -54,12 +54,14 @@ def ratios(base: Sequence[float], new: Sequence[float]) -> Spread:
     return spread([b / n for b, n in zip(base, new, strict=True)])
 
 
-def _repeats(fn: Thunk, min_seconds: float) -> int:
-    """Calls per sample so that one sample lasts `min_seconds` (timer noise drowns in it)."""
-    start = time.perf_counter()
-    fn()
-    once = time.perf_counter() - start
-    return max(1, min(10_000, int(min_seconds / max(once, 1e-7)) + 1)) if once < min_seconds else 1
+def _warm(fn: Thunk, warmup: int, min_seconds: float) -> int:
+    """Warm up, and from the last call: calls per sample so that a sample lasts `min_seconds`."""
+    once = min_seconds
+    for _ in range(max(1, warmup)):
+        start = time.perf_counter()
+        fn()
+        once = time.perf_counter() - start
+    return max(1, min(10_000, round(min_seconds / max(once, 1e-7))))
 
 
 def interleave(
@@ -73,13 +75,10 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, one sample per round, order reversed every other round.
 
-    Stops early after `min_rounds` once `max_seconds` have passed. The garbage collector is held
-    off meanwhile.
+    `warmup` calls of each (at least one) come first. Stops early after `min_rounds` once
+    `max_seconds` have passed. The garbage collector is held off meanwhile.
     """
-    for fn in fns.values():
-        for _ in range(warmup):
-            fn()
-    repeats = {name: _repeats(fn, min_seconds) for name, fn in fns.items()}
+    repeats = {name: _warm(fn, warmup, min_seconds) for name, fn in fns.items()}
     samples: dict[str, list[float]] = {name: [] for name in fns}
     enabled = gc.isenabled()
     gc.collect()

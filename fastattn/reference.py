@@ -179,7 +179,7 @@ def _alibi(
 
 
 def _softmax_with_sink(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities (B, H, Sq, Sk) and logsumexp (B, H, Sq, 1); the sink takes its share of the sum.
+    """Probabilities (B, H, Sq, Sk), with the sink in the sum, and logsumexp (B, H, Sq, 1).
 
     The sink (or -inf) is one more column, so that rows and matrices without any key need no case
     of their own: their sum is empty, their probabilities are 0 and their lse is the column's.

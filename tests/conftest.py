@@ -6,7 +6,7 @@ import pytest
 import torch
 
 # The fused backends that run on this machine's CPU. A new one joins every feature test by its name.
-KERNEL_BACKENDS = ("reference",)
+KERNEL_BACKENDS = ("cpu",)
 
 
 @pytest.fixture(autouse=True)

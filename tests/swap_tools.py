@@ -9,8 +9,8 @@ import torch
 from tools import assert_within
 from torch import Tensor, nn
 
-import fastattn.nn.multihead_attention as mha_module
-import fastattn.swap._transformers as hf_module
+from fastattn.nn import multihead_attention as mha_module
+from fastattn.swap import _transformers as hf_module
 
 Call = Callable[[nn.Module, torch.dtype], dict[str, Tensor]]
 
@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def outputs_and_grads(model: nn.Module, call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The outputs of `call` and the gradients of every parameter under a fixed upstream gradient."""
+    """The outputs of `call` and the gradients of all parameters under a fixed upstream gradient."""
     model.zero_grad()
     outputs = call(model, dtype)
     differentiable = [x for x in outputs.values() if x.requires_grad]
@@ -71,14 +71,12 @@ def judge_model(stock: nn.Module, fused: nn.Module, call: Call) -> None:
     plain = outputs_and_grads(stock, call, dtype)
     right = outputs_and_grads(copy.deepcopy(stock).double(), call, torch.float64)
     assert got.keys() == plain.keys() == right.keys()
+    # A key bias moves all logits of a row alike: its gradient is 0 and what is computed is the
+    # rounding of a sum, so gradients get a floor on the scale of all of them.
+    largest = max((float(x.abs().max()) for n, x in right.items() if n.startswith("d ")), default=0)
+    floor = 4 * torch.finfo(dtype).eps * largest
     for name, x in right.items():
-        # A key bias moves all logits of a row alike: its gradient is 0 and what is computed is
-        # the rounding of a sum, so errors are measured on the scale of all gradients.
-        floor = 0.0
-        if name.startswith("d "):
-            scale = max(float(y.abs().max()) for n, y in right.items() if n.startswith("d "))
-            floor = 4 * torch.finfo(dtype).eps * scale
-        assert_within(name, got[name], x, [plain[name]], floor)
+        assert_within(name, got[name], x, [plain[name]], floor if name.startswith("d ") else 0.0)
 
 
 def fake_gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor | None]:

@@ -85,6 +85,7 @@ def test_forced_path_is_the_one_that_runs() -> None:
     code = """
 import time, torch, fastattn
 from fastattn.backends import cpu_isas, force_cpu_isa
+torch.set_num_threads(1)
 q = torch.randn(1, 1, 768, 64)
 def best(isa):
     with force_cpu_isa(isa):

@@ -64,9 +64,8 @@ def last_row_zero(x: Tensor) -> Tensor:
 
 
 def one_element_off(x: Tensor) -> Tensor:
-    x = x.clone()
-    x.view(-1)[x.numel() // 2] += 0.05 * x.abs().max()
-    return x
+    at = torch.arange(x.numel()).view(x.shape) == x.numel() // 2
+    return torch.where(at, x + 0.05 * x.detach().abs().max(), x)
 
 
 # The mutant, and the feature of tools.FEATURES on which it must be caught.
@@ -94,7 +93,7 @@ MUTANTS: dict[str, tuple[str, Callable]] = {
     "dv_one_element": ("plain", gradient_changed("v", one_element_off)),
     "dbias_twice": ("bias", gradient_changed("bias", lambda g: g * 2)),
     "dsinks_sign": ("sinks", gradient_changed("sinks", lambda g: -g)),
-    "dq_nan": ("plain", gradient_changed("q", lambda g: g.index_fill(2, torch.tensor(3), torch.nan))),
+    "dq_nan": ("plain", gradient_changed("q", lambda g: g / (g != g.max()))),
 }  # fmt: skip
 
 
@@ -115,6 +114,16 @@ def test_mutant_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, dtype: tor
     with_mutant(monkeypatch, mutant)
     with pytest.raises(AssertionError):
         judge(problem, "none")
+
+
+@pytest.mark.parametrize("name", ["dq_unscaled", "dk_last_row_missing", "last_row_missing"])
+def test_mutant_is_caught_next_to_sdpa(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    problem = featured("plain", b=3, h=4, hk=2, sq=67, sk=131, d=40)
+    with_mutant(monkeypatch, reference.attention)
+    judge(problem, "none", against="sdpa")
+    with_mutant(monkeypatch, MUTANTS[name][1])
+    with pytest.raises(AssertionError):
+        judge(problem, "none", against="sdpa")
 
 
 @pytest.mark.parametrize("case", ["o", "lse", "grads"])

@@ -8,8 +8,6 @@ import pytest
 import torch
 from tools import DTYPES, featured, judge, packed, padded, run
 
-import fastattn
-
 # Prints how many threads of the process spent CPU time inside the call.
 _COUNT = """
 import sys, torch, fastattn
@@ -86,14 +84,3 @@ def test_concurrent_callers(kernel: str) -> None:
             ):
                 for name, x in want.items():
                     assert torch.equal(got[name], x), name
-
-
-def test_called_from_inside_a_parallel_region(kernel: str) -> None:
-    """A DataLoader worker or an interop task: torch's pool is not ours to wait for."""
-    q = torch.randn(1, 2, 80, 16)
-    want = fastattn.attention(q, q, q, backend=kernel)
-    futures = [
-        torch.jit._fork(lambda: fastattn.attention(q, q, q, backend=kernel)) for _ in range(4)
-    ]
-    for future in futures:
-        assert torch.equal(torch.jit._wait(future), want)

@@ -15,8 +15,8 @@ from tools import assert_within
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fastattn.nn.multihead_attention as mha_module
 from fastattn.nn import MultiheadAttention
+from fastattn.nn import multihead_attention as mha_module
 
 N, L, S, E, H = 3, 7, 5, 32, 4
 LOW = torch.finfo(torch.float32).min
@@ -550,8 +550,8 @@ def test_nested_bad_input(layout: torch.layout) -> None:
         fused(x, x, x, key_padding_mask=padding())
     with pytest.raises(ValueError, match="must all be nested, or none"):
         fused(x, torch.randn(N, S, E), torch.randn(N, S, E))
+    short = nested(sequences((2, 2)), layout)
     with pytest.raises(ValueError, match="query's batch size 3, got 2"):
-        short = nested(sequences((2, 2)), layout)
         fused(x, short, short)
     with pytest.raises(ValueError, match="set batch_first=True"):
         modules()[1](x, x, x)

@@ -11,8 +11,8 @@ import torch
 from swap_tools import Calls, calls, judge_model  # noqa: F401
 from torch import Tensor, nn
 
-import fastattn.nn.multihead_attention as mha_module
 from fastattn.nn import MultiheadAttention
+from fastattn.nn import multihead_attention as mha_module
 from fastattn.swap import swap, unswap
 
 N, S, T, E, H = 3, 9, 6, 32, 4
@@ -293,7 +293,7 @@ def test_pattern_that_matches_nothing_is_reported() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"only takes module-name globs and module classes, got 3"):
         swap(encoder(), only=[3])
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         swap({"model": encoder()})
 
     class Pipeline:
@@ -301,7 +301,7 @@ def test_bad_arguments() -> None:
 
     with pytest.raises(TypeError, match=r"pass its \.model"):
         swap(Pipeline())
-    with pytest.raises(ValueError, match="backend must be one of .* got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'gpu'"):
         swap(encoder(), backend="gpu")
 
 
@@ -344,7 +344,10 @@ def test_report_names_everything() -> None:
         ("stock", "MultiheadAttention", "fastattn.nn.MultiheadAttention")
     ]
     assert {(s.name, s.cls): s.why for s in report.skipped} == {
-        ("own", "OwnForward"): "a subclass of torch.nn.MultiheadAttention with a forward of its own",
+        (
+            "own",
+            "OwnForward",
+        ): "a subclass of torch.nn.MultiheadAttention with a forward of its own",
         ("patched", "MultiheadAttention"): "its forward was replaced on the instance",
         ("home", "HomeMadeAttention"): (
             "neither torch.nn.MultiheadAttention nor attention of a transformers model"

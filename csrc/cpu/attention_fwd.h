@@ -22,16 +22,16 @@ struct WorkItem {
 };
 
 // The running softmax of a block of rows.
-struct RowState {
+struct alignas(64) RowState {
   float m[kMaxRows];
-  vf l[kMaxRows];  // W partial sums: reduced once, at the end
+  float base[kMaxRows];   // m, or 0 where no key was seen yet: exp(-inf - 0) = 0
+  float alpha[kMaxRows];  // what the new maximum makes of earlier sums
+  vf l[kMaxRows];         // W partial sums: reduced once, at the end
 };
 
 template <class E>
 class ForwardWorker {
  public:
-  using T = typename E::Storage;
-
   explicit ForwardWorker(const Problem& problem)
       : prob_(problem), p_(problem.p), engine_(problem.p) {
     s_.reserve(E::kBM * E::kBN);
@@ -92,7 +92,8 @@ class ForwardWorker {
 
  private:
   void reset() {
-    for (int r = 0; r < rows_.n; ++r) state_.m[r] = kNegInf, state_.l[r] = vf{};
+    std::fill_n(state_.m, kMaxRows, kNegInf);
+    for (int r = 0; r < rows_.n; ++r) state_.l[r] = vf{};
   }
 
   void block(const Sequence& s, const Interval& range) {
@@ -126,27 +127,51 @@ class ForwardWorker {
   template <bool kPlain>
   void softmax(const Sequence& s, int64_t j0, int64_t n, bool started) {
     const float c = prob_.multiplier();
+    float* S = s_.data();
+    update_max(S, n, c);
+    if (started) rescale();
     for (int r = 0; r < rows_.n; ++r) {
-      float* x = s_.data() + r * E::kBN;
-      vf m0 = load(x), m1 = load(x + W);
-      for (int64_t t = 2 * W; t < n; t += 2 * W)
-        m0 = vmax(m0, load(x + t)), m1 = vmax(m1, load(x + t + W));
-      const float before = state_.m[r], m = std::max(before, reduce_max(vmax(m0, m1)));
-      state_.m[r] = m;
-      const float base = m == kNegInf ? 0.f : m;  // a row with no key yet: exp(-inf - 0) = 0
-      if (started && m != before) {
-        const vf a = set1(std::exp2((before - base) * c));
-        state_.l[r] *= a;
-        float* acc = acc_.data() + r * engine_.Dvp;
-        for (int64_t d = 0; d < engine_.Dvp; d += W) store(acc + d, load(acc + d) * a);
-      }
-      typename E::Prob* out = engine_.prob_row(s_.data(), r);
+      const float* x = S + r * E::kBN;
+#ifndef NOPF
+      engine_.prefetch(r, rows_.n, j0, n);
+#endif
+      typename E::Prob* out = engine_.prob_row(S, r);
       if (prob_.dropout.on) {
         prob_.dropout.row(s.b * p_.H + rows_.h[r], rows_.i[r], j0, n, drop_.data());
-        exp_row<kPlain, true>(x, n, base, c, state_.l[r], out);
+        exp_row<kPlain, true>(x, n, state_.base[r], c, state_.l[r], out);
       } else {
-        exp_row<kPlain, false>(x, n, base, c, state_.l[r], out);
+        exp_row<kPlain, false>(x, n, state_.base[r], c, state_.l[r], out);
       }
+    }
+  }
+
+  // New maxima of all rows before any exponential: W rows are reduced at once, and the reductions of
+  // one group hide behind the loads of the next (row by row they cost as much as the exponentials).
+  void update_max(const float* S, int64_t n, float c) {
+    for (int r0 = 0; r0 < rows_.n; r0 += W) {
+      vf top[W];
+      for (int r = 0; r < W; ++r) {
+        const float* x = S + std::min(r0 + r, rows_.n - 1) * E::kBN;
+        vf a = load(x), b = load(x + W);
+        for (int64_t t = 2 * W; t < n; t += 2 * W)
+          a = vmax(a, load(x + t)), b = vmax(b, load(x + t + W));
+        top[r] = vmax(a, b);
+      }
+      const vf before = load(state_.m + r0), m = vmax(before, reduce_max_rows(top));
+      const vf base = m == set1(kNegInf) ? vf{} : m;
+      store(state_.m + r0, m);
+      store(state_.base + r0, base);
+      store(state_.alpha + r0, exp2v<6>((before - base) * c));
+    }
+  }
+
+  void rescale() {
+    for (int r = 0; r < rows_.n; ++r) {
+      if (state_.alpha[r] == 1.f) continue;
+      const vf a = set1(state_.alpha[r]);
+      state_.l[r] *= a;
+      float* acc = acc_.data() + r * engine_.Dvp;
+      for (int64_t d = 0; d < engine_.Dvp; d += W) store(acc + d, load(acc + d) * a);
     }
   }
 
@@ -196,11 +221,11 @@ class ForwardWorker {
       const int64_t at = s.b * p_.lse_b + h * p_.lse_h + i * p_.lse_s;
       p_.lse[at] = lse;
       if (p_.lse_lo) p_.lse_lo[at] = std::isfinite(lse) ? (m - lse) + log_l : 0.f;
-      T* o = row_ptr<T>(p_.o, s.b, h, i);
+      char* o = row_at(p_.o, p_.dtype, s.b, h, i);
       if (none)
-        std::fill_n(o, p_.Dv, T{});
+        zero_row(p_.dtype, p_.Dv, o);
       else
-        store_row(acc_.data() + r * engine_.Dvp, p_.Dv, set1(factor / l), o);
+        store_row(p_.dtype, acc_.data() + r * engine_.Dvp, p_.Dv, factor / l, o);
     }
   }
 
@@ -213,14 +238,13 @@ class ForwardWorker {
 };
 
 // Rows of a padded batch beyond its length: output 0, lse -inf.
-template <class T>
-void fill_padding(const Problem& prob, int64_t b) {
+inline void fill_padding(const Problem& prob, int64_t b) {
   const AttentionParams& p = prob.p;
   const Sequence s = prob.sequence(b);
   if (p.q_start) return;  // packed: no padding
   for (int64_t h = 0; h < p.H; ++h) {
     for (int64_t i = s.Sq; i < p.Sq; ++i) {
-      std::fill_n(row_ptr<T>(p.o, b, h, i), p.Dv, T{});
+      zero_row(p.dtype, p.Dv, row_at(p.o, p.dtype, b, h, i));
       p.lse[b * p.lse_b + h * p.lse_h + i * p.lse_s] = kNegInf;
       if (p.lse_lo) p.lse_lo[b * p.lse_b + h * p.lse_h + i * p.lse_s] = 0.f;
     }
@@ -273,7 +297,7 @@ inline Plan plan_rows(const Problem& prob, int threads, int block_rows, bool may
 template <class E>
 void forward(const AttentionParams& p, const Parallel& parallel, bool direct) {
   const Problem prob(p);
-  for (int64_t b = 0; b < p.B; ++b) fill_padding<typename E::Storage>(prob, b);
+  for (int64_t b = 0; b < p.B; ++b) fill_padding(prob, b);
   Plan plan = plan_rows(prob, parallel.threads, E::kBM, true);
   if (plan.items.empty()) return;
   std::vector<WorkItem> work;

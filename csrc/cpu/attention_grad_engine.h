@@ -8,10 +8,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-template <class T>
 class FmaGradEngine {
  public:
-  using Storage = T;
   static constexpr int kBM = 48, kBN = 192;
   static constexpr int kAlign = kPanel;
   static constexpr int kExpDegree = 6;
@@ -25,23 +23,23 @@ class FmaGradEngine {
   void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi) {
     lo_ = lo;
     const int64_t n = hi - lo, padded = round_up(n, kAlign);
-    const T* k = row_ptr<const T>(p.k, s.b, hk, s.k_start + lo);
-    const T* v = row_ptr<const T>(p.v, s.b, hk, s.k_start + lo);
-    pack_transposed<kPanel>(k, p.k.s, p.k.d, n, D, kt_.reserve(padded * D));
-    pack_transposed<kPanel>(v, p.v.s, p.v.d, n, Dv, vt_.reserve(padded * Dv));
+    const char* k = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
+    const char* v = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
+    pack_transposed<kPanel>(p.dtype, k, p.k.s, p.k.d, n, D, kt_.reserve(padded * D));
+    pack_transposed<kPanel>(p.dtype, v, p.v.s, p.v.d, n, Dv, vt_.reserve(padded * Dv));
     k_ = natural(k, p.k, n, D, Dp, k_buf_);
   }
 
   // Rows [first, last) of head h; d_o null = no gradient of o.
   void load_rows(const Sequence& s, const Operand& d_o, int64_t h, int64_t first, int64_t last) {
     const int64_t n = last - first, padded = round_up(n, kMR);
-    const T* q = row_ptr<const T>(p.q, s.b, h, s.q_start + first);
-    pack_transposed<kMR>(q, p.q.s, p.q.d, n, D, qt_.reserve(padded * D));
+    const char* q = row_at(p.q, p.dtype, s.b, h, s.q_start + first);
+    pack_transposed<kMR>(p.dtype, q, p.q.s, p.q.d, n, D, qt_.reserve(padded * D));
     q_ = natural(q, p.q, n, D, Dp, q_buf_);
     has_do_ = d_o.ptr != nullptr;
     if (!has_do_) return;
-    const T* g = row_ptr<const T>(d_o, s.b, h, s.q_start + first);
-    pack_transposed<kMR>(g, d_o.s, d_o.d, n, Dv, dot_.reserve(padded * Dv));
+    const char* g = row_at(d_o, p.dtype, s.b, h, s.q_start + first);
+    pack_transposed<kMR>(p.dtype, g, d_o.s, d_o.d, n, Dv, dot_.reserve(padded * Dv));
     do_ = natural(g, d_o, n, Dv, Dvp, do_buf_);
   }
 
@@ -73,7 +71,7 @@ class FmaGradEngine {
   void write_keys(const float* acc, int64_t n, int64_t width, int64_t padded, float factor,
                   const Operand& out, int64_t b, int64_t hk, int64_t at) const {
     for (int64_t t = 0; t < n; ++t)
-      store_row(acc + t * padded, width, set1(factor), row_ptr<T>(out, b, hk, at + t));
+      store_row(p.dtype, acc + t * padded, width, factor, row_at(out, p.dtype, b, hk, at + t));
   }
 
  private:
@@ -82,11 +80,11 @@ class FmaGradEngine {
     int64_t stride = 0;
   };
   // Rows as fp32 with unit stride and padded width: the tensor's own memory where it is that.
-  static Rows natural(const T* src, const Operand& x, int64_t n, int64_t cols, int64_t padded,
-                      Buffer<float>& buf) {
-    if constexpr (sizeof(T) == 4)
-      if (x.d == 1 && cols == padded) return {reinterpret_cast<const float*>(src), x.s};
-    pack_rows(src, x.s, x.d, n, cols, padded, buf.reserve(n * padded));
+  Rows natural(const char* src, const Operand& x, int64_t n, int64_t cols, int64_t padded,
+               Buffer<float>& buf) const {
+    if (p.dtype == DType::kF32 && x.d == 1 && cols == padded)
+      return {reinterpret_cast<const float*>(src), x.s};
+    pack_rows(p.dtype, src, x.s, x.d, n, cols, padded, buf.reserve(n * padded));
     return {buf.data(), padded};
   }
 
@@ -99,7 +97,6 @@ class FmaGradEngine {
 #if FASTATTN_LEVEL >= 3
 class AmxGradEngine {
  public:
-  using Storage = bf16;
   static constexpr int kBM = 64, kBN = 128;
   static constexpr int kAlign = 32;
   static constexpr int kExpDegree = 4;
@@ -115,17 +112,17 @@ class AmxGradEngine {
   void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi) {
     lo_ = lo;
     const int64_t n = hi - lo, rows = round_up(n, kAlign);
-    const bf16* k = row_ptr<const bf16>(p.k, s.b, hk, s.k_start + lo);
-    const bf16* v = row_ptr<const bf16>(p.v, s.b, hk, s.k_start + lo);
+    const bf16* k = bf16_row(p.k, s.b, hk, s.k_start + lo);
+    const bf16* v = bf16_row(p.v, s.b, hk, s.k_start + lo);
     pack_tiles_transposed(k, p.k.s, p.k.d, n, D, kt_.reserve(rows * Dp));
     pack_tiles_transposed(v, p.v.s, p.v.d, n, Dv, vt_.reserve(rows * Dvp));
     pack_tiles(k, p.k.s, p.k.d, n, D, k_.reserve(rows * Dp));
   }
 
   void load_rows(const Sequence& s, const Operand& d_o, int64_t h, int64_t first, int64_t last) {
-    load(row_ptr<const bf16>(p.q, s.b, h, s.q_start + first), p.q, last - first, D, q_, qt_);
+    load_operand(bf16_row(p.q, s.b, h, s.q_start + first), p.q, last - first, D, q_, qt_);
     if (d_o.ptr)
-      load(row_ptr<const bf16>(d_o, s.b, h, s.q_start + first), d_o, last - first, Dv, do_, dot_);
+      load_operand(bf16_row(d_o, s.b, h, s.q_start + first), d_o, last - first, Dv, do_, dot_);
   }
 
   void scores(int64_t r0, int n, int64_t j0, int64_t n_padded, float* S) const {
@@ -175,12 +172,12 @@ class AmxGradEngine {
     for (int64_t t = 0; t < n; t += 16) {
       for (int64_t d = 0; d < width; d += 16) {
         vf tile[16];
-        for (int x = 0; x < 16; ++x) tile[x] = fastattn::FASTATTN_ISA::load(acc + (d + x) * kBN + t);
+        for (int x = 0; x < 16; ++x) tile[x] = load(acc + (d + x) * kBN + t);
         transpose16(tile);
         for (int64_t x = 0; x < std::min<int64_t>(16, n - t); ++x) {
           store(row, tile[x]);
-          store_row(row, std::min<int64_t>(16, width - d), set1(factor),
-                    row_ptr<bf16>(out, b, hk, at + t + x) + d);
+          store_row(DType::kBf16, row, std::min<int64_t>(16, width - d), factor,
+                    row_at(out, DType::kBf16, b, hk, at + t + x) + 2 * d);
         }
       }
     }
@@ -188,7 +185,7 @@ class AmxGradEngine {
 
  private:
   // Rows padded to whole tiles (a), and transposed as A tiles with rows as k (at).
-  void load(const bf16* src, const Operand& x, int64_t n, int64_t cols, Buffer<bf16>& a,
+  void load_operand(const bf16* src, const Operand& x, int64_t n, int64_t cols, Buffer<bf16>& a,
             Buffer<bf16>& at) {
     const int64_t rows = round_up(n, kBM), padded = round_up(cols, 32);
     bf16* to = a.reserve(rows * padded);
@@ -202,7 +199,7 @@ class AmxGradEngine {
     for (int64_t tile = 0; tile < round_up(n, 32) * padded / 512; ++tile) {
       float* t = reinterpret_cast<float*>(tiles + tile * 512);
       vf r[16];
-      for (int y = 0; y < 16; ++y) r[y] = fastattn::FASTATTN_ISA::load(t + 16 * y);
+      for (int y = 0; y < 16; ++y) r[y] = load(t + 16 * y);
       transpose16(r);
       for (int y = 0; y < 16; ++y) store(t + 16 * y, r[y]);
     }

@@ -22,41 +22,25 @@ inline bool few_rows(const AttentionParams& p) {
 template <class E>
 void forward_and_weights(const AttentionParams& p, const Parallel& parallel) {
   if (few_rows(p))
-    forward<FmaEngine<typename E::Storage>>(p, parallel, true);
+    forward<FmaEngine>(p, parallel, true);
   else
     forward<E>(p, parallel, false);
   if (p.weights_mode != Weights::kNone) write_weights<E>(p, parallel);
 }
 
 void attention_forward(const AttentionParams& p, const Parallel& parallel) {
-  switch (p.dtype) {
-    case DType::kBf16:
 #if FASTATTN_LEVEL >= 3
-      return forward_and_weights<AmxEngine>(p, parallel);
-#else
-      return forward_and_weights<FmaEngine<bf16>>(p, parallel);
+  if (p.dtype == DType::kBf16) return forward_and_weights<AmxEngine>(p, parallel);
 #endif
-    case DType::kF16:
-      return forward_and_weights<FmaEngine<f16>>(p, parallel);
-    default:
-      return forward_and_weights<FmaEngine<float>>(p, parallel);
-  }
+  forward_and_weights<FmaEngine>(p, parallel);
 }
 
 void attention_backward(const AttentionParams& p, const AttentionGrads& g,
                         const Parallel& parallel) {
-  switch (p.dtype) {
-    case DType::kBf16:
 #if FASTATTN_LEVEL >= 3
-      return backward<AmxEngine, AmxGradEngine>(p, g, parallel);
-#else
-      return backward<FmaEngine<bf16>, FmaGradEngine<bf16>>(p, g, parallel);
+  if (p.dtype == DType::kBf16) return backward<AmxEngine, AmxGradEngine>(p, g, parallel);
 #endif
-    case DType::kF16:
-      return backward<FmaEngine<f16>, FmaGradEngine<f16>>(p, g, parallel);
-    default:
-      return backward<FmaEngine<float>, FmaGradEngine<float>>(p, g, parallel);
-  }
+  backward<FmaEngine, FmaGradEngine>(p, g, parallel);
 }
 
 }  // namespace FASTATTN_ISA

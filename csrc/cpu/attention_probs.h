@@ -83,7 +83,6 @@ class ProbWorker {
 // weights (B, H, Sq, Sk), or their mean over heads (B, Sq, Sk); every element is written.
 template <class E>
 void write_weights(const AttentionParams& p, const Parallel& parallel) {
-  using T = typename E::Storage;
   const Problem prob(p);
   const bool mean = p.weights_mode == Weights::kMean;
   // A chunk of query rows i of all heads (mean: they are summed in order) or of one kv head.
@@ -96,17 +95,19 @@ void write_weights(const AttentionParams& p, const Parallel& parallel) {
       const int64_t b = item / (heads * chunks), hk0 = item / chunks % heads;
       const int64_t i0 = item % chunks * chunk, i1 = std::min(i0 + chunk, p.Sq);
       const Sequence s = prob.sequence(b);
-      const auto out = [&](int64_t h, int64_t i) { return row_ptr<T>(p.weights, b, h, i); };
+      const auto out = [&](int64_t h, int64_t i) { return row_at(p.weights, p.dtype, b, h, i); };
       if (mean) std::fill_n(sums.reserve(chunk * p.Sk), chunk * p.Sk, 0.f);
       for (int64_t hk = hk0; hk < (mean ? p.Hk : hk0 + 1); ++hk) {
         for (int64_t g = 0; g < prob.group; ++g) {
           if (!mean)
-            for (int64_t i = i0; i < i1; ++i) std::fill_n(out(hk * prob.group + g, i), p.Sk, T{});
+            for (int64_t i = i0; i < i1; ++i) zero_row(p.dtype, p.Sk, out(hk * prob.group + g, i));
           const int64_t last = std::min(i1, s.Sq);
           if (i0 >= last) continue;
           worker.visit(b, hk, g * s.Sq + i0, g * s.Sq + last,
                        [&](int64_t h, int64_t i, int64_t j0, int64_t n, const float* w) FASTATTN_LAMBDA {
-                         if (!mean) return store_row(w, n, set1(1.f), out(h, i) + j0);
+                         if (!mean)
+                           return store_row(p.dtype, w, n, 1.f,
+                                            out(h, i) + j0 * size_of(p.dtype));
                          float* sum = sums.data() + (i - i0) * p.Sk + j0;
                          for (int64_t t = 0; t < n; ++t) sum[t] += w[t];
                        });
@@ -114,7 +115,7 @@ void write_weights(const AttentionParams& p, const Parallel& parallel) {
       }
       if (mean)
         for (int64_t i = i0; i < i1; ++i)
-          store_row(sums.data() + (i - i0) * p.Sk, p.Sk, set1(1.f / float(p.H)), out(0, i));
+          store_row(p.dtype, sums.data() + (i - i0) * p.Sk, p.Sk, 1.f / float(p.H), out(0, i));
     }
   });
 }

@@ -4,6 +4,88 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
+// ---- rows of a run-time dtype ----------------------------------------------------------------
+
+inline int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Row s of head h of a (B, H, S, X) operand.
+FASTATTN_INLINE char* row_at(const Operand& x, DType dtype, int64_t b, int64_t h, int64_t s) {
+  return static_cast<char*>(x.ptr) + (b * x.b + h * x.h + s * x.s) * size_of(dtype);
+}
+
+template <class T>
+FASTATTN_INLINE void store_row(const float* src, int64_t n, vf factor, T* dst) {
+  int64_t t = 0;
+  for (; t + W <= n; t += W) store(dst + t, load(src + t) * factor);
+  const float f = factor[0];
+  for (; t < n; ++t) dst[t] = from_float<T>(src[t] * f);
+}
+
+// n floats times factor to a row of dtype with unit stride.
+inline void store_row(DType dtype, const float* src, int64_t n, float factor, void* dst) {
+  switch (dtype) {
+    case DType::kBf16: return store_row(src, n, set1(factor), static_cast<bf16*>(dst));
+    case DType::kF16: return store_row(src, n, set1(factor), static_cast<f16*>(dst));
+    default: return store_row(src, n, set1(factor), static_cast<float*>(dst));
+  }
+}
+
+inline void zero_row(DType dtype, int64_t n, void* dst) {
+  std::memset(dst, 0, size_t(n * size_of(dtype)));
+}
+
+template <class T>
+float dot(const T* a, int64_t step_a, const T* b, int64_t n) {
+  int64_t d = 0;
+  float sum = 0.f;
+  if (step_a == 1) {
+    vf c = {};
+    for (; d + W <= n; d += W) c = fma(load(a + d), load(b + d), c);
+    sum = reduce_add(c);
+  }
+  for (; d < n; ++d) sum += to_float(a[d * step_a]) * to_float(b[d]);
+  return sum;
+}
+
+inline float dot(DType dtype, const void* a, int64_t step_a, const void* b, int64_t n) {
+  switch (dtype) {
+    case DType::kBf16:
+      return dot(static_cast<const bf16*>(a), step_a, static_cast<const bf16*>(b), n);
+    case DType::kF16:
+      return dot(static_cast<const f16*>(a), step_a, static_cast<const f16*>(b), n);
+    default:
+      return dot(static_cast<const float*>(a), step_a, static_cast<const float*>(b), n);
+  }
+}
+
+// x[0, n) += factor * src[0, n), a row of dtype with a step.
+template <class T>
+void add_row(const T* src, int64_t step, int64_t n, float factor, float* x) {
+  int64_t t = 0;
+  if (step == 0) {
+    const float c = factor * to_float(*src);
+    for (; t < n; ++t) x[t] += c;
+    return;
+  }
+  if (step == 1)
+    for (; t + W <= n; t += W) store(x + t, fma(load(src + t), set1(factor), load(x + t)));
+  for (; t < n; ++t) x[t] += factor * to_float(src[t * step]);
+}
+
+inline void add_row(DType dtype, const void* src, int64_t offset, int64_t step, int64_t n,
+                    float factor, float* x) {
+  switch (dtype) {
+    case DType::kBf16:
+      return add_row(static_cast<const bf16*>(src) + offset, step, n, factor, x);
+    case DType::kF16:
+      return add_row(static_cast<const f16*>(src) + offset, step, n, factor, x);
+    default:
+      return add_row(static_cast<const float*>(src) + offset, step, n, factor, x);
+  }
+}
+
+// ---- what a row sees ----------------------------------------------------------------------------
+
 // One batch entry: its lengths, where its tokens start, and the diagonal.
 struct Sequence {
   int64_t b, Sq, Sk, q_start, k_start;
@@ -159,43 +241,11 @@ class Problem {
     }
     if (p.bias.ptr) {
       const Broadcast& c = p.bias;
-      const int64_t at = s.b * c.b + h * c.h + i * c.i + j0 * c.j;
-      switch (c.dtype) {
-        case DType::kBf16: add_bias(static_cast<const bf16*>(c.ptr) + at, c.j, a, z, x); break;
-        case DType::kF16: add_bias(static_cast<const f16*>(c.ptr) + at, c.j, a, z, x); break;
-        default: add_bias(static_cast<const float*>(c.ptr) + at, c.j, a, z, x); break;
-      }
+      const int64_t at = s.b * c.b + h * c.h + i * c.i + (j0 + a) * c.j;
+      add_row(c.dtype, c.ptr, at, c.j, z - a, 1.f, x + a);
     }
-  }
-
-  template <class T>
-  static void add_bias(const T* bias, int64_t step, int64_t a, int64_t z, float* x) {
-    int64_t t = a;
-    if (step == 0) {
-      const float c = to_float(*bias);
-      for (; t < z; ++t) x[t] += c;
-      return;
-    }
-    if (step == 1)
-      for (; t + W <= z; t += W) store(x + t, load(x + t) + load(bias + t));
-    for (; t < z; ++t) x[t] += to_float(bias[t * step]);
   }
 };
-
-// Row-wise pointers into (B, H, S, X) operands.
-template <class T>
-FASTATTN_INLINE T* row_ptr(const Operand& x, int64_t b, int64_t h, int64_t s) {
-  return static_cast<T*>(x.ptr) + b * x.b + h * x.h + s * x.s;
-}
-
-// floats to a row of T with unit stride.
-template <class T>
-FASTATTN_INLINE void store_row(const float* src, int64_t n, vf factor, T* dst) {
-  int64_t t = 0;
-  for (; t + W <= n; t += W) store(dst + t, load(src + t) * factor);
-  const float f = factor[0];
-  for (; t < n; ++t) dst[t] = from_float<T>(src[t] * f);
-}
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

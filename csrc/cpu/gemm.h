@@ -20,14 +20,21 @@ struct BLayout {
   int64_t panel, k;
 };
 
-template <int MR, int NV, int kARow, bool kAccumulate>
-FASTATTN_INLINE void micro_kernel(int64_t K, const float* A, int64_t a_k, const float* B,
-                                  int64_t b_k, float* C, int64_t ldc) {
+template <int MR, int NV, int kARow>
+void micro_kernel(bool accumulate, int64_t K, const float* A, int64_t a_k, const float* B,
+                  int64_t b_k, float* C, int64_t ldc) {
   vf c[MR][NV];
+  if (accumulate) {
 #pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) c[r][v] = kAccumulate ? load(C + r * ldc + v * W) : vf{};
+      for (int v = 0; v < NV; ++v) c[r][v] = load(C + r * ldc + v * W);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) c[r][v] = vf{};
+  }
   for (int64_t k = 0; k < K; ++k, A += a_k, B += b_k) {
     vf b[NV];
 #pragma GCC unroll 8
@@ -45,56 +52,52 @@ FASTATTN_INLINE void micro_kernel(int64_t K, const float* A, int64_t a_k, const 
     for (int v = 0; v < NV; ++v) store(C + r * ldc + v * W, c[r][v]);
 }
 
-template <int MR, int kARow, bool kAccumulate>
-void row_tile(int64_t n, int64_t K, const float* A, int64_t a_k, const float* B, int64_t b_k,
-              float* C, int64_t ldc) {
-  if (n == kPanel) return micro_kernel<MR, kNV, kARow, kAccumulate>(K, A, a_k, B, b_k, C, ldc);
+// MR rows of n columns (n <= kPanel, n % W == 0).
+template <int MR, int kARow>
+FASTATTN_INLINE void row_tile(bool accumulate, int64_t n, int64_t K, const float* A, int64_t a_k,
+                              const float* B, int64_t b_k, float* C, int64_t ldc) {
+  if (n == kPanel) return micro_kernel<MR, kNV, kARow>(accumulate, K, A, a_k, B, b_k, C, ldc);
   for (; n >= 2 * W; n -= 2 * W, B += 2 * W, C += 2 * W)
-    micro_kernel<MR, 2, kARow, kAccumulate>(K, A, a_k, B, b_k, C, ldc);
-  if (n > 0) micro_kernel<MR, 1, kARow, kAccumulate>(K, A, a_k, B, b_k, C, ldc);
+    micro_kernel<MR, 2, kARow>(accumulate, K, A, a_k, B, b_k, C, ldc);
+  if (n > 0) micro_kernel<MR, 1, kARow>(accumulate, K, A, a_k, B, b_k, C, ldc);
 }
 
-// C (M x N, row stride ldc) = or += A B over K. N % W == 0. kARow: elements between rows of a tile of
-// A, a constant so that six rows share one address register.
-template <int kARow, bool kAccumulate>
-void gemm_chunk(int64_t M, int64_t N, int64_t K, const float* A, ALayout a, const float* B,
-                BLayout b, float* C, int64_t ldc) {
+// One chunk of K. A tail of rows is taken as 4 + 2 + 1.
+template <int kARow>
+void gemm_chunk(bool accumulate, int64_t M, int64_t N, int64_t K, const float* A, ALayout a,
+                const float* B, BLayout b, float* C, int64_t ldc) {
   for (int64_t n0 = 0; n0 < N; n0 += kPanel) {
     const int64_t n = std::min<int64_t>(kPanel, N - n0);
-    const float* Bp = B + n0 / kPanel * b.panel;
-    for (int64_t m = 0; m < M; m += kMR) {
-      const float* Am = A + m / kMR * a.tile;
-      float* Cm = C + m * ldc + n0;
-      switch (std::min<int64_t>(kMR, M - m)) {
-        case 6: row_tile<6, kARow, kAccumulate>(n, K, Am, a.k, Bp, b.k, Cm, ldc); break;
-        case 5: row_tile<5, kARow, kAccumulate>(n, K, Am, a.k, Bp, b.k, Cm, ldc); break;
-        case 4: row_tile<4, kARow, kAccumulate>(n, K, Am, a.k, Bp, b.k, Cm, ldc); break;
-        case 3: row_tile<3, kARow, kAccumulate>(n, K, Am, a.k, Bp, b.k, Cm, ldc); break;
-        case 2: row_tile<2, kARow, kAccumulate>(n, K, Am, a.k, Bp, b.k, Cm, ldc); break;
-        default: row_tile<1, kARow, kAccumulate>(n, K, Am, a.k, Bp, b.k, Cm, ldc); break;
-      }
+    const float *Bp = B + n0 / kPanel * b.panel, *Am = A;
+    float* Cm = C + n0;
+    int64_t m = M;
+    for (; m >= kMR; m -= kMR, Am += a.tile, Cm += kMR * ldc)
+      row_tile<kMR, kARow>(accumulate, n, K, Am, a.k, Bp, b.k, Cm, ldc);
+    if (m & 4) {
+      row_tile<4, kARow>(accumulate, n, K, Am, a.k, Bp, b.k, Cm, ldc);
+      Am += 4 * kARow, Cm += 4 * ldc;
     }
+    if (m & 2) {
+      row_tile<2, kARow>(accumulate, n, K, Am, a.k, Bp, b.k, Cm, ldc);
+      Am += 2 * kARow, Cm += 2 * ldc;
+    }
+    if (m & 1) row_tile<1, kARow>(accumulate, n, K, Am, a.k, Bp, b.k, Cm, ldc);
   }
 }
 
 inline constexpr int64_t kKc = 96;  // 96 x 64 floats of B = 24 KB: half of L1
 
+// C (M x N, row stride ldc) = or += A B over K. N % W == 0. kARow: elements between rows of a tile of
+// A, a constant so that six rows share one address register.
 template <int kARow>
 void gemm(bool accumulate, int64_t M, int64_t N, int64_t K, const float* A, ALayout a,
           const float* B, BLayout b, float* C, int64_t ldc) {
-  if (K == 0 && !accumulate) {
-    for (int64_t m = 0; m < M; ++m) std::fill_n(C + m * ldc, N, 0.f);
-    return;
-  }
-  // A remainder just above kKc is split in halves, not into kKc and a sliver.
-  const int64_t chunks = div_up(K, kKc), step = chunks ? div_up(K, chunks) : 1;
-  for (int64_t k0 = 0; k0 < K; k0 += step, accumulate = true) {
-    const int64_t k = std::min(step, K - k0);
-    const float *Ak = A + k0 * a.k, *Bk = B + k0 * b.k;
-    if (accumulate)
-      gemm_chunk<kARow, true>(M, N, k, Ak, a, Bk, b, C, ldc);
-    else
-      gemm_chunk<kARow, false>(M, N, k, Ak, a, Bk, b, C, ldc);
+  // Chunks of one size: a remainder just above kKc is split in halves.
+  const int64_t chunks = std::max<int64_t>(1, div_up(K, kKc)), step = div_up(K, chunks);
+  for (int64_t c = 0; c < chunks; ++c, accumulate = true) {
+    const int64_t k0 = c * step;
+    gemm_chunk<kARow>(accumulate, M, N, std::min(step, K - k0), A + k0 * a.k, a, B + k0 * b.k, b, C,
+                      ldc);
   }
 }
 
@@ -112,41 +115,6 @@ void pack_rows(const T* src, int64_t stride, int64_t stride_d, int64_t rows, int
     for (; c < cols_padded; ++c) dst[c] = 0.f;
   }
 }
-
-#if FASTATTN_LEVEL >= 2
-// 16 x 16 transpose in registers: 64 shuffles.
-FASTATTN_INLINE void transpose16(vf (&r)[16]) {
-  __m512 t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]);
-    const __m512d c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
-    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
-    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
-    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
-  }
-}
-#endif
 
 // Rows of T transposed into panels of kWidth rows: dst[(r / kWidth) * cols * kWidth + c * kWidth +
 // r % kWidth]. Rows up to the next multiple of kWidth are zero.
@@ -180,6 +148,34 @@ void pack_transposed(const T* src, int64_t stride, int64_t stride_d, int64_t row
     }
     for (; r < kWidth; ++r)
       for (int64_t c = 0; c < cols; ++c) dst[c * kWidth + r] = 0.f;
+  }
+}
+
+// The same by run-time dtype: storage is a matter of packing alone, so the passes exist once.
+inline void pack_rows(DType dtype, const void* src, int64_t stride, int64_t stride_d, int64_t rows,
+                      int64_t cols, int64_t padded, float* dst) {
+  switch (dtype) {
+    case DType::kBf16:
+      return pack_rows(static_cast<const bf16*>(src), stride, stride_d, rows, cols, padded, dst);
+    case DType::kF16:
+      return pack_rows(static_cast<const f16*>(src), stride, stride_d, rows, cols, padded, dst);
+    default:
+      return pack_rows(static_cast<const float*>(src), stride, stride_d, rows, cols, padded, dst);
+  }
+}
+template <int kWidth>
+void pack_transposed(DType dtype, const void* src, int64_t stride, int64_t stride_d, int64_t rows,
+                     int64_t cols, float* dst) {
+  switch (dtype) {
+    case DType::kBf16:
+      return pack_transposed<kWidth>(static_cast<const bf16*>(src), stride, stride_d, rows, cols,
+                                     dst);
+    case DType::kF16:
+      return pack_transposed<kWidth>(static_cast<const f16*>(src), stride, stride_d, rows, cols,
+                                     dst);
+    default:
+      return pack_transposed<kWidth>(static_cast<const float*>(src), stride, stride_d, rows, cols,
+                                     dst);
   }
 }
 

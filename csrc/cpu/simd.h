@@ -155,6 +155,56 @@ FASTATTN_INLINE void store(f16* p, vf x) {
 #endif
 }
 
+#if FASTATTN_LEVEL >= 2
+// 16 x 16 transpose in registers: 64 shuffles.
+FASTATTN_INLINE void transpose16(vf (&r)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]);
+    const __m512d c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
+    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+#endif
+
+// Lane r of the result: the maximum of row[r].
+FASTATTN_INLINE vf reduce_max_rows(vf (&row)[W]) {
+#if FASTATTN_LEVEL >= 2
+  transpose16(row);
+#pragma GCC unroll 4
+  for (int step = 8; step > 0; step /= 2)
+    for (int r = 0; r < step; ++r) row[r] = vmax(row[r], row[r + step]);
+  return row[0];
+#else
+  vf m;
+  for (int r = 0; r < W; ++r) m[r] = reduce_max(row[r]);
+  return m;
+#endif
+}
+
 // ---- exponentials --------------------------------------------------------------------------
 
 // 2^x for x <= ~127, 0 below -126 and at -inf, NaN at NaN. kDegree 6: 1 ulp of fp32; kDegree 4:

@@ -25,6 +25,7 @@ from fastattn import measure
 from fastattn.cli import demo_report
 from fastattn.cli.demo_model import Batch, DemoError, Text, contrastive_loss, embed, load
 from fastattn.cli.doctor import examine_cpu, make_console
+from fastattn.swap import swap
 
 __all__ = ["DemoError", "run"]
 
@@ -47,7 +48,7 @@ class Plan:
 
 
 FULL = Plan((16, 128, 512), (1, 8, 32), ((128, 8), (512, 8)), 200, 25, 3, 1.2)
-QUICK = Plan((16, 128), (1, 4), ((64, 4),), 32, 7, 3, 0.2)
+QUICK = Plan((16, 128), (1, 4), ((64, 4),), 32, 7, 2, 0.2)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -68,7 +69,7 @@ class Models:
         self.stock32, tokenizer = load()
         self.text = Text(tokenizer)
         fused = copy.deepcopy(self.stock32)
-        self.report = fastattn.swap(fused)
+        self.report = swap(fused)
         if not self.report.replaced:
             raise DemoError(f"the swap replaced nothing:\n{self.report}")
         self.pairs: dict[str, tuple[nn.Module, nn.Module]] = {"fp32": (self.stock32, fused)}

@@ -187,6 +187,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             heights = [r[f"{key}_s"]["median"] * 1e3 for r in rows]
             top.bar([i + shift for i in x], heights, 0.38, color=colour, label=key)
         top.set(yscale="log", title=f"{dtype}: latency, ms (log)")
+        top.yaxis.set_major_formatter("{x:g}")
+        top.yaxis.set_minor_formatter("{x:g}")
         top.legend(frameon=False)
         median = [r["speedup"]["median"] for r in rows]
         spread = (

@@ -42,7 +42,8 @@ def swap(
     Calling it twice changes nothing more; with another ``backend`` it changes the backend.
 
     As with ``set_attn_implementation`` of transformers, a Hugging Face model is swapped through
-    its config, so models that share one config object are swapped together.
+    its config, so models that share one config object are swapped together.  Its attention weights
+    are returned where a call says ``output_attentions=True``.
 
     Args:
         model: any module; changed in place.

@@ -151,7 +151,8 @@ def mask_function(**kwargs: Any) -> Tensor | None:
     if padding is None:
         return masking_utils.sdpa_mask(**kwargs)  # type: ignore[no-any-return]
     readable = _readable(padding)
-    if kwargs.get("mask_function") is masking_utils.bidirectional_mask_function:
+    bidirectional = getattr(masking_utils, "bidirectional_mask_function", mask_function)
+    if kwargs.get("mask_function") is bidirectional:
         rows, keys = kwargs["q_length"], kwargs["kv_length"]
         start = kwargs.get("kv_offset", 0)
         padding = masking_utils.prepare_padding_mask(padding, keys, start)[:, start : start + keys]
@@ -298,6 +299,12 @@ def swap_models(
                 report.skipped.append(Skipped(name, type(modules[name]).__name__, why))
             continue
         register(backend)
+        if getattr(group.config, "output_attentions", False):
+            report.notes.append(
+                "config.output_attentions is set: weights are returned, but transformers refuses "
+                "to save such a config beside any implementation but 'eager', so unswap before "
+                "save_pretrained, or pass output_attentions=True to the calls instead"
+            )
         for name in group.selected:
             was_off = modules[name].__dict__.pop(OFF, None) is not None
             cls = type(modules[name]).__name__

