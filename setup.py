@@ -8,10 +8,11 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 # torch 2.10 is the oldest torch whose stable ABI has all that the bindings use; Python 3.10's limited
 # API is the oldest Python. One binary serves everything newer.
-DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # Py_LIMITED_API: BuildExtension
 FLAGS = [
     "-std=c++20",
     "-O3",
+    "-g0",
     "-fvisibility=hidden",
     "-ffp-contract=fast",  # a * b + c becomes an FMA: csrc/cpu/simd.h relies on it
     "-fno-math-errno",

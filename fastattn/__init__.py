@@ -6,11 +6,22 @@
 torch.Size([1, 4, 16, 32])
 """
 
-from fastattn import reference
+from fastattn import nn, reference
 from fastattn._debug import debug_checks
 from fastattn.backends import backends
 from fastattn.ops.attention import attention, attention_varlen
+from fastattn.swap import SwapReport, swap, unswap
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "attention_varlen", "backends", "debug_checks", "reference"]
+__all__ = [
+    "SwapReport",
+    "attention",
+    "attention_varlen",
+    "backends",
+    "debug_checks",
+    "nn",
+    "reference",
+    "swap",
+    "unswap",
+]

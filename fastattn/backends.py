@@ -13,7 +13,6 @@ in order. An explicit backend that cannot serve a call raises; ``auto`` takes th
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -120,13 +119,24 @@ def _why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
     return "its kernels have not landed yet; see fastattn.backends()"
 
 
-@functools.lru_cache(maxsize=256)
 def select(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     """The backend that ``op`` takes: the explicit one, or the first of the table that can.
 
     Raises:
         ValueError: an unknown backend, or an explicit one that cannot serve the call.
     """
+    chosen = _chosen.get((op, backend, device, dtype))
+    if chosen is None:
+        chosen = _select(op, backend, device, dtype)
+        if not torch.compiler.is_compiling():
+            _chosen[op, backend, device, dtype] = chosen
+    return chosen
+
+
+_chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
+
+
+def _select(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
     if backend != "auto":
@@ -138,11 +148,12 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
         why = _why_not(op, candidate, device, dtype)
         if why is None:
             break
-    if candidate == "reference" and not (device == "cpu" and dtype == torch.float64):
+    slow = candidate == "reference" and not (device == "cpu" and dtype == torch.float64)
+    if slow and not torch.compiler.is_compiling():
         warnings.warn(
             f"fastattn::{op} runs the plain PyTorch reference for {dtype} on {device!r} "
             "(memory Sq x Sk, no fused kernel); see fastattn.backends()",
             PerformanceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return candidate

@@ -184,7 +184,7 @@ struct Call {
   // Strides of lse: (H, Tq) packed, (B, H, Sq) padded.
   void set_lse(const Tensor& lse, const Tensor& lse_lo) {
     p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
-    if (p.bias.ptr) p.lse_lo = static_cast<float*>(const_cast<void*>(lse_lo.const_data_ptr()));
+    p.lse_lo = static_cast<float*>(const_cast<void*>(lse_lo.const_data_ptr()));
     if (packed)
       p.lse_h = lse.stride(0), p.lse_s = lse.stride(1);
     else
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
   const std::vector<int64_t> lse_shape = call.packed ? std::vector<int64_t>{p.H, q.size(0)}
                                                      : std::vector<int64_t>{p.B, p.H, p.Sq};
   Tensor lse = empty_f32(q, lse_shape);
-  Tensor lse_lo = empty_f32(q, bias ? lse_shape : std::vector<int64_t>{0});
+  Tensor lse_lo = empty_f32(q, lse_shape);
   std::vector<int64_t> w_shape = {0};
   if (p.weights_mode == Weights::kFull) w_shape = {p.B, p.H, p.Sq, p.Sk};
   if (p.weights_mode == Weights::kMean) w_shape = {p.B, p.Sq, p.Sk};
@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
   if (call.packed) {  // tokens of no sequence
     torch::stable::zero_(o);
     torch::stable::fill_(lse, -INFINITY);
-    if (bias) torch::stable::zero_(lse_lo);
+    torch::stable::zero_(lse_lo);
   }
   p.o = operand(o, call.packed);
   call.set_lse(lse, lse_lo);
@@ -298,9 +298,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
              scale, causal, window_left, window_right, softcap, dropout_p, weights, max_seqlen_q,
              max_seqlen_k});
   AttentionParams& p = call.p;
+  const int64_t rows = (call.packed ? q.size(0) : p.B * p.Sq) * p.H;
+  for (const Tensor* x : {&lse, &lse_lo})
+    FASTATTN_CHECK(x->numel() == rows && x->is_contiguous() &&
+                       x->scalar_type() == ScalarType::Float && x->dim() == (call.packed ? 2 : 3),
+                   "lse and lse_lo must be the forward's");
   call.set_lse(lse, lse_lo);
-  FASTATTN_CHECK(lse.numel() == (call.packed ? q.size(0) : p.B * p.Sq) * p.H,
-                 "lse must be the forward's");
   AttentionGrads g;
   const auto check_rows = [&](const Tensor& x, const char* name) {
     FASTATTN_CHECK(x.dim() == q.dim() && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
@@ -319,9 +322,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   }
   std::optional<Tensor> dlse_c;
   if (dlse) {
-    FASTATTN_CHECK(dlse->numel() == lse.numel(), "dlse must have lse's shape");
+    FASTATTN_CHECK(dlse->numel() == rows && dlse->scalar_type() == ScalarType::Float, "dlse must have lse's shape");
     dlse_c = torch::stable::contiguous(*dlse);
-    FASTATTN_CHECK(lse.is_contiguous(), "lse must be contiguous");
     g.dlse = static_cast<const float*>(dlse_c->const_data_ptr());
   }
   if (dweights && weights) {
@@ -348,7 +350,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   };
   Tensor dq = result(q, need & kDq, g.dq), dk = result(k, need & kDk, g.dk),
          dv = result(v, need & kDv, g.dv);
-  Tensor dbias = torch::stable::new_empty(q, {0}), dsinks = dbias;
+  Tensor dbias = torch::stable::new_empty(q, {0}), dsinks = torch::stable::new_empty(q, {0});
   if ((need & kDbias) && bias) {
     std::vector<int64_t> shape;
     for (int64_t d = 0; d < bias->dim(); ++d) shape.push_back(bias->size(d));

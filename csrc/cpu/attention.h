@@ -38,7 +38,7 @@ struct AttentionParams {
   Operand q, k, v;
   Operand o;            // unit stride in d
   float* lse = nullptr;     // natural log
-  float* lse_lo = nullptr;  // what fp32 lse cannot hold (see RowStats); null without a bias
+  float* lse_lo = nullptr;  // what fp32 lse cannot hold, in log2 (see RowProb)
   int64_t lse_b = 0, lse_h = 0, lse_s = 0;
 
   // One per batch entry; null = all of Sq / Sk, from 0. Checked by the binding.

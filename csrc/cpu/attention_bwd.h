@@ -77,8 +77,8 @@ inline void compute_dsinks(const Problem& prob, const float* delta, float* dsink
         for (int64_t i = 0; i < s.Sq; ++i) {
           const int64_t at = b * p.lse_b + h * p.lse_h + (s.q_start + i) * p.lse_s;
           if (p.lse[at] == kNegInf) continue;
-          const float lo = p.lse_lo ? p.lse_lo[at] : 0.f;
-          sum -= double(std::exp(p.sinks[h] - p.lse[at] - lo)) * delta[at];
+          const double x = (double(p.sinks[h]) - p.lse[at]) * kLog2eExact - p.lse_lo[at];
+          sum -= std::exp2(x) * delta[at];
         }
       }
       dsinks[h] = float(sum);

@@ -65,7 +65,6 @@ class FmaEngine {
     gemm<1>(false, rb.n, n_padded, D, q_.data(), {kMR * D, kMR}, kt, {kPanel * D, kPanel}, S, kBN);
   }
 
-  void prefetch(int, int, int64_t, int64_t) const {}
   Prob* prob_row(float* S, int r) const { return S + r * kBN; }
   static FASTATTN_INLINE void put(Prob* row, vf a, vf b) { store(row, a), store(row + W, b); }
 
@@ -117,6 +116,8 @@ FASTATTN_INLINE const bf16* bf16_row(const Operand& x, int64_t b, int64_t h, int
 class AmxEngine {
  public:
   using Prob = bf16;
+  // Measured on S = 512 and 2048, D = 64: 64 x 128 +3 %, 64 x 64 +15 %, 32 x 64 +20 % time; prefetching
+  // the next tiles of K and V during the softmax changed nothing.
   static constexpr int kBM = 32, kBN = 256;
   static constexpr int kAlign = 32;
   static constexpr int kExpDegree = 4;
@@ -159,16 +160,6 @@ class AmxEngine {
   Prob* prob_row(float* S, int r) const { return reinterpret_cast<Prob*>(S + r * kBN); }
   static FASTATTN_INLINE void put(Prob* row, vf a, vf b) {
     _mm512_storeu_si512(row, __m512i(_mm512_cvtne2ps_pbh(b, a)));
-  }
-
-  // Rows r of rows ask for their share of the values of this tile and the keys of the next: L2 feeds a
-  // tile load in three times what L1 takes, and the softmax leaves it idle.
-  void prefetch(int r, int rows, int64_t j0, int64_t n_padded) const {
-    const char* v = reinterpret_cast<const char*>(v_.data() + (j0 - lo_) * Dvp);
-    const char* k = reinterpret_cast<const char*>(k_.data() + (j0 - lo_ + n_padded) * Dp);
-    const int64_t nv = n_padded * Dvp * 2, nk = std::min(n_padded, hi_ - j0 - n_padded) * Dp * 2;
-    for (int64_t x = nv * r / rows / 64 * 64; x < nv * (r + 1) / rows; x += 64) _mm_prefetch(v + x, _MM_HINT_T0);
-    for (int64_t x = nk * r / rows / 64 * 64; x < nk * (r + 1) / rows; x += 64) _mm_prefetch(k + x, _MM_HINT_T0);
   }
 
   void apply(bool accumulate, const RowBlock& rb, int64_t j0, int64_t, int64_t n_padded,

@@ -132,9 +132,6 @@ class ForwardWorker {
     if (started) rescale();
     for (int r = 0; r < rows_.n; ++r) {
       const float* x = S + r * E::kBN;
-#ifndef NOPF
-      engine_.prefetch(r, rows_.n, j0, n);
-#endif
       typename E::Prob* out = engine_.prob_row(S, r);
       if (prob_.dropout.on) {
         prob_.dropout.row(s.b * p_.H + rows_.h[r], rows_.i[r], j0, n, drop_.data());
@@ -206,21 +203,23 @@ class ForwardWorker {
   void finish(const Sequence& s) {
     for (int r = 0; r < rows_.n; ++r) {
       const int64_t h = rows_.h[r], i = s.q_start + rows_.i[r];
-      float m = state_.m[r] * (prob_.plain ? p_.scale : 1.f), l = reduce_add(state_.l[r]);
-      float factor = 1.f;  // from the sums' base to the final one
+      // In log2: the exponent that exp_row subtracted, as it was rounded there, and the sum.
+      double top = double(state_.m[r] * prob_.multiplier());
+      if (!prob_.plain) top = double(state_.m[r]) * kLog2eExact;
+      float l = reduce_add(state_.l[r]), factor = 1.f;
       if (p_.sinks) {
-        const float sink = p_.sinks[h], top = std::max(m, sink);
-        if (top > kNegInf) {
-          factor = std::exp(m - top);
-          l = l * factor + std::exp(sink - top);
-          m = top;
+        const double sink = double(p_.sinks[h]) * kLog2eExact, m = std::max(top, sink);
+        if (m > -std::numeric_limits<double>::infinity()) {
+          factor = std::exp2(float(top - m));
+          l = l * factor + std::exp2(float(sink - m));
+          top = m;
         }
       }
       const bool none = state_.m[r] == kNegInf;  // no key: output 0, whatever the sink
-      const float log_l = std::log(l), lse = l == 0.f ? kNegInf : m + log_l;
+      const double log2_sum = l == 0.f ? double(kNegInf) : top + double(std::log2(l));
       const int64_t at = s.b * p_.lse_b + h * p_.lse_h + i * p_.lse_s;
-      p_.lse[at] = lse;
-      if (p_.lse_lo) p_.lse_lo[at] = std::isfinite(lse) ? (m - lse) + log_l : 0.f;
+      const float lse = p_.lse[at] = float(log2_sum / kLog2eExact);
+      p_.lse_lo[at] = std::isfinite(lse) ? float(log2_sum - double(lse) * kLog2eExact) : 0.f;
       char* o = row_at(p_.o, p_.dtype, s.b, h, i);
       if (none)
         zero_row(p_.dtype, p_.Dv, o);
@@ -246,7 +245,7 @@ inline void fill_padding(const Problem& prob, int64_t b) {
     for (int64_t i = s.Sq; i < p.Sq; ++i) {
       zero_row(p.dtype, p.Dv, row_at(p.o, p.dtype, b, h, i));
       p.lse[b * p.lse_b + h * p.lse_h + i * p.lse_s] = kNegInf;
-      if (p.lse_lo) p.lse_lo[b * p.lse_b + h * p.lse_h + i * p.lse_s] = 0.f;
+      p.lse_lo[b * p.lse_b + h * p.lse_h + i * p.lse_s] = 0.f;
     }
   }
 }

@@ -4,26 +4,35 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// exp(x - lse) of one row. lse alone does not do for a bias of finfo.min: m + log l rounds to m there
-// and the row's probabilities would sum to their count; lse_lo holds what was rounded away.
+// exp(x - lse) of one row, the forward's own value to the last bits. fp32 lse alone would not do: its
+// rounding scales the whole row by up to 2^-24 |lse|, and beside a bias of finfo.min it loses log l
+// altogether. lse_lo holds the rest, in log2.
 struct RowProb {
-  vf c, base, lo;
+  vf c, hi, lo;
 
   RowProb(const Problem& prob, float lse, float lse_lo) : c(set1(prob.multiplier())) {
-    const bool none = lse == kNegInf;  // +inf here makes every probability 0
-    base = set1(none ? kNegInf : prob.plain ? -lse * kLog2e : -lse);
-    lo = set1(none ? 0.f : lse_lo);
+    const bool none = lse == kNegInf;  // -inf here makes every probability 0
+    const double log2_sum = double(lse) * kLog2eExact;
+    const float rounded = float(log2_sum);
+    if (prob.plain) {
+      hi = set1(none ? kNegInf : -rounded);
+      lo = set1(none ? 0.f : float(double(rounded) - log2_sum) - lse_lo);
+    } else {
+      hi = set1(none ? kNegInf : -lse);
+      lo = set1(none ? 0.f : -lse_lo);
+    }
   }
   template <bool kPlain, int kDegree>
   FASTATTN_INLINE vf at(vf x) const {
-    return exp2v<kDegree>(kPlain ? fma(x, c, base) : ((x + base) - lo) * c);
+    const vf y = kPlain ? fma(x, c, hi) + lo : fma(x + hi, c, lo);
+    return exp2v<kDegree>(y);
   }
 };
 
 FASTATTN_INLINE RowProb row_prob(const Problem& prob, const Sequence& s, int64_t h, int64_t i) {
   const AttentionParams& p = prob.p;
   const int64_t at = s.b * p.lse_b + h * p.lse_h + (s.q_start + i) * p.lse_s;
-  return RowProb(prob, p.lse[at], p.lse_lo ? p.lse_lo[at] : 0.f);
+  return RowProb(prob, p.lse[at], p.lse_lo[at]);
 }
 
 template <class E>

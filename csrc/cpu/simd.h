@@ -17,7 +17,7 @@ typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_al
 
 inline constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 inline constexpr float kLog2e = 1.44269504088896340736f;
-inline constexpr float kLn2 = 0.69314718055994530942f;
+inline constexpr double kLog2eExact = 1.44269504088896340736;
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 

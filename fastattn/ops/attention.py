@@ -75,7 +75,7 @@ def attention(
         o (B, H, Sq, Dv) in q's dtype, or a tuple (o, lse), (o, weights) or (o, lse, weights). Memory
         is laid out as (B, Sq, H, Dv) where q is not contiguous.
 
-    Saved for the backward: q, k, v, o, lse and, with a bias, 4 bytes a row more.
+    Saved for the backward: q, k, v, o, lse and 4 bytes a row of lse's rounding.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value. Each names the
@@ -232,8 +232,10 @@ def _run(
     causality = check.causal_code(name, causal)
     weights = check.weights_code(name, return_weights)
     seed = check.seed_tensor(name, seed, dropout_p, q)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = select(name, backend, q.device.type, q.dtype)
+    if chosen != "reference" and bias is not None and bias.dtype == torch.float64:
+        bias = bias.float()
     shared = (
         mask, bias, lengths.get("q_lens"), lengths.get("k_lens"), lengths.get("cu_seqlens_q"),
         lengths.get("cu_seqlens_k"), alibi_slopes, sinks, seed, scale, causality, left, right,
@@ -251,7 +253,7 @@ def _run(
         o, lse, *rest = found
         w = rest[0] if rest else None
     else:
-        o, lse, _, w = torch.ops.fastattn.attention_fwd(q, k, v, *shared)
+        o, lse, _, w = op.forward(q, k, v, *shared)
     if return_lse:
         return (o, lse, w) if weights else (o, lse)
     return (o, w) if weights else o

@@ -164,6 +164,8 @@ def check_cu_seqlens(op: str, name: str, cu: Any, q: Tensor, tokens: int) -> int
 
 
 def check_max_seqlen(op: str, name: str, given: Any, longest: int | None) -> None:
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (int, torch.SymInt))):
+        fail(op, f"{name} must be an int or None, got {given!r}", TypeError)
     if given is not None and longest is not None and given < longest:
         fail(op, f"{name} must be at least the longest sequence {longest}, got {given}")
 
@@ -196,7 +198,7 @@ def causal_code(op: str, causal: Any) -> int:
 def check_numbers(op: str, scale: Any, softcap: Any, dropout_p: Any) -> None:
     if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
         fail(op, f"scale must be a float or None, got {scale!r}", TypeError)
-    if isinstance(scale, float) and not math.isfinite(scale):
+    if type(scale) is float and not torch.compiler.is_compiling() and not math.isfinite(scale):
         fail(op, f"scale must be finite, got {scale}")
     if softcap is not None:
         if not isinstance(softcap, (int, float)):

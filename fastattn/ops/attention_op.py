@@ -64,7 +64,7 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ..
         b, h, sq = q.shape[:3]
         sk = k.shape[2]
         lse = q.new_empty((b, h, sq), **f32)
-    lse_lo = torch.empty_like(lse) if args.bias is not None else q.new_empty((0,), **f32)
+    lse_lo = torch.empty_like(lse)
     shapes = {WEIGHTS_NONE: (0,), WEIGHTS_FULL: (b, h, sq, sk), WEIGHTS_MEAN: (b, sq, sk)}
     return o, lse, lse_lo, q.new_empty(shapes[args.weights])
 
@@ -156,6 +156,7 @@ class Shared:
 
 # Positions of the differentiable arguments of attention_fwd.
 _POS_BIAS, _POS_SINKS = 3 + 1, 3 + 7
+_NUMBER_WEIGHTS = 6  # position of `weights` behind the tensors
 
 
 def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -182,7 +183,7 @@ def _fwd_backward(
     grads: list[Any] = [None] * (3 + _N_SHARED)
     if do is None and dlse is None and dweights is None:
         return tuple(grads)
-    if ctx.numbers[5] == WEIGHTS_NONE:
+    if ctx.numbers[_NUMBER_WEIGHTS] == WEIGHTS_NONE:
         dweights = None
     q, k, v, o, lse, lse_lo, *tensors = ctx.saved_tensors
     if do is None:
@@ -331,3 +332,31 @@ torch.library.register_vmap(
     lib=_lib,
 )
 
+
+
+class _InFunctorch(torch.autograd.Function):
+    """The same op for ``torch.func``: its ``grad`` wants ``setup_context`` and a vmap rule on the
+    Function itself, which ``torch.library.register_autograd`` does not give."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.fastattn.attention_fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _fwd_setup(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _fwd_backward(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _vmap_batched(3, _InFunctorch.apply)(info, in_dims, *args)
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``attention_fwd`` with autograd, also inside ``torch.func`` transforms."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        return _InFunctorch.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.ops.fastattn.attention_fwd(*args)  # type: ignore[no-any-return]
