@@ -77,8 +77,9 @@ inline void compute_dsinks(const Problem& prob, const float* delta, float* dsink
         for (int64_t i = 0; i < s.Sq; ++i) {
           const int64_t at = b * p.lse_b + h * p.lse_h + (s.q_start + i) * p.lse_s;
           if (p.lse[at] == kNegInf) continue;
-          const double x = (double(p.sinks[h]) - p.lse[at]) * kLog2eExact - p.lse_lo[at];
-          sum -= std::exp2(x) * delta[at];
+          // In units of the tiles, as RowProb: 0 where the sink is all there is.
+          const double x = double(p.sinks[h]) / prob.unit() - lse_in_units(p.lse[at], prob.unit());
+          sum -= std::exp2(x * prob.multiplier() - p.lse_lo[at]) * delta[at];
         }
       }
       dsinks[h] = float(sum);
@@ -175,10 +176,7 @@ class BackwardWorker {
       float* x = S + r * E::kBN;
       const bool cap = p_.softcap != 0.f;
       if (!whole) prob_.logits(rb, r, s, j0, n_padded, state, x, cap ? dcap_.data() : nullptr);
-      if (prob_.plain)
-        row<true>(s, h, rb.i[r], j0, n, n_padded, x, dP + r * E::kBN);
-      else
-        row<false>(s, h, rb.i[r], j0, n, n_padded, x, dP + r * E::kBN);
+      row(s, h, rb.i[r], j0, n, n_padded, x, dP + r * E::kBN);
     }
     engine_.finish_tile(rb.n, n_padded, S, dP);
     if (dv_) engine_.add_dv(r0, rb.n, n, S, dv);
@@ -187,7 +185,6 @@ class BackwardWorker {
   }
 
   // x: logits -> dropout(P); y: do v^T -> dS.
-  template <bool kPlain>
   void row(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t n, int64_t n_padded,
            float* x, float* y) {
     const RowProb prob = row_prob(prob_, s, h, i);
@@ -201,19 +198,19 @@ class BackwardWorker {
       prob_.dropout.row(s.b * p_.H + h, i, j0, n_padded, drop_.data());
       for (int64_t t = 0; t < n_padded; t += W) {
         const vf keep = load(drop_.data() + t);
-        const vf w = prob.template at<kPlain, E::kExpDegree>(load(x + t));
+        const vf w = prob.template at<E::kExpDegree>(load(x + t));
         store(y + t, w * (load(y + t) * keep - delta));
         store(x + t, w * keep);
       }
     } else {
       for (int64_t t = 0; t < n_padded; t += W) {
-        const vf w = prob.template at<kPlain, E::kExpDegree>(load(x + t));
+        const vf w = prob.template at<E::kExpDegree>(load(x + t));
         store(y + t, w * (load(y + t) - delta));
         store(x + t, w);
       }
     }
     if (dbias_) add_bias_grad(s, h, i, j0, n, y);
-    if (!kPlain && p_.softcap != 0.f)
+    if (p_.softcap != 0.f)
       for (int64_t t = 0; t < n_padded; t += W) store(y + t, load(y + t) * load(dcap_.data() + t));
   }
 

@@ -29,6 +29,9 @@ struct alignas(64) RowState {
   vf l[kMaxRows];         // W partial sums: reduced once, at the end
 };
 
+// lse as the backward subtracts it from a tile's logits.
+FASTATTN_INLINE float lse_in_units(float lse, float unit) { return float(double(lse) / unit); }
+
 template <class E>
 class ForwardWorker {
  public:
@@ -114,17 +117,13 @@ class ForwardWorker {
       if (!whole)
         for (int r = 0; r < rows_.n; ++r)
           prob_.logits(rows_, r, s, j0, n_padded, tile, S + r * E::kBN, nullptr);
-      if (prob_.plain)
-        softmax<true>(s, j0, n_padded, started);
-      else
-        softmax<false>(s, j0, n_padded, started);
+      softmax(s, j0, n_padded, started);
       engine_.apply(started, rows_, j0, n, n_padded, S, acc);
       started = true;
     }
     if (!started) std::fill_n(acc, rows_.n * engine_.Dvp, 0.f);
   }
 
-  template <bool kPlain>
   void softmax(const Sequence& s, int64_t j0, int64_t n, bool started) {
     const float c = prob_.multiplier();
     float* S = s_.data();
@@ -135,9 +134,9 @@ class ForwardWorker {
       typename E::Prob* out = engine_.prob_row(S, r);
       if (prob_.dropout.on) {
         prob_.dropout.row(s.b * p_.H + rows_.h[r], rows_.i[r], j0, n, drop_.data());
-        exp_row<kPlain, true>(x, n, state_.base[r], c, state_.l[r], out);
+        exp_row<true>(x, n, state_.base[r], c, state_.l[r], out);
       } else {
-        exp_row<kPlain, false>(x, n, state_.base[r], c, state_.l[r], out);
+        exp_row<false>(x, n, state_.base[r], c, state_.l[r], out);
       }
     }
   }
@@ -172,15 +171,13 @@ class ForwardWorker {
     }
   }
 
-  template <bool kPlain, bool kDrop>
+  template <bool kDrop>
   FASTATTN_INLINE void exp_row(const float* x, int64_t n, float m, float c, vf& l_sum,
                                typename E::Prob* out) const {
-    // plain: one FMA, m c folded. Else (x - m) first: a bias of finfo.min times log2 e overflows.
-    const vf vc = set1(c), vm = set1(kPlain ? -m * c : m);
+    const vf vc = set1(c), vm = set1(m);
     const float* drop = drop_.data();
     const auto one = [&](int64_t t) FASTATTN_LAMBDA {
-      const vf v = load(x + t);
-      return exp2v<E::kExpDegree>(kPlain ? fma(v, vc, vm) : (v - vm) * vc);
+      return exp2v<E::kExpDegree>((load(x + t) - vm) * vc);
     };
     vf l0 = l_sum, l1 = {};
     for (int64_t t = 0; t < n; t += 2 * W) {
@@ -203,23 +200,25 @@ class ForwardWorker {
   void finish(const Sequence& s) {
     for (int r = 0; r < rows_.n; ++r) {
       const int64_t h = rows_.h[r], i = s.q_start + rows_.i[r];
-      // In log2: the exponent that exp_row subtracted, as it was rounded there, and the sum.
-      double top = double(state_.m[r] * prob_.multiplier());
-      if (!prob_.plain) top = double(state_.m[r]) * kLog2eExact;
-      float l = reduce_add(state_.l[r]), factor = 1.f;
-      if (p_.sinks) {
-        const double sink = double(p_.sinks[h]) * kLog2eExact, m = std::max(top, sink);
-        if (m > -std::numeric_limits<double>::infinity()) {
-          factor = std::exp2(float(top - m));
-          l = l * factor + std::exp2(float(sink - m));
-          top = m;
-        }
-      }
-      const bool none = state_.m[r] == kNegInf;  // no key: output 0, whatever the sink
-      const double log2_sum = l == 0.f ? double(kNegInf) : top + double(std::log2(l));
       const int64_t at = s.b * p_.lse_b + h * p_.lse_h + i * p_.lse_s;
-      const float lse = p_.lse[at] = float(log2_sum / kLog2eExact);
-      p_.lse_lo[at] = std::isfinite(lse) ? float(log2_sum - double(lse) * kLog2eExact) : 0.f;
+      const double m = state_.m[r], c = prob_.multiplier(), unit = prob_.unit();
+      const bool none = state_.m[r] == kNegInf;  // no key: output 0, whatever the sink
+      float l = reduce_add(state_.l[r]), factor = 1.f;
+      double lift = 0.;  // log2 of how far the sink stands above m
+      if (p_.sinks && !none) {
+        const double sink = (double(p_.sinks[h]) - m * unit) * kLog2eExact;
+        lift = std::max(0., sink);
+        factor = std::exp2(float(-lift));
+        l = l * factor + std::exp2(float(sink - lift));
+      }
+      if (none) {
+        p_.lse[at] = p_.sinks ? p_.sinks[h] : kNegInf, p_.lse_lo[at] = 0.f;
+      } else {
+        const double log2_l = lift + double(std::log2(l));
+        const float lse = float(m * unit + log2_l / kLog2eExact);
+        p_.lse[at] = lse;
+        p_.lse_lo[at] = float(log2_l + (m - double(lse_in_units(lse, prob_.unit()))) * c);
+      }
       char* o = row_at(p_.o, p_.dtype, s.b, h, i);
       if (none)
         zero_row(p_.dtype, p_.Dv, o);

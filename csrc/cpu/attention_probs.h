@@ -8,24 +8,16 @@ namespace FASTATTN_ISA {
 // rounding scales the whole row by up to 2^-24 |lse|, and beside a bias of finfo.min it loses log l
 // altogether. lse_lo holds the rest, in log2.
 struct RowProb {
-  vf c, hi, lo;
+  vf c, lse, lo;
 
-  RowProb(const Problem& prob, float lse, float lse_lo) : c(set1(prob.multiplier())) {
-    const bool none = lse == kNegInf;  // -inf here makes every probability 0
-    const double log2_sum = double(lse) * kLog2eExact;
-    const float rounded = float(log2_sum);
-    if (prob.plain) {
-      hi = set1(none ? kNegInf : -rounded);
-      lo = set1(none ? 0.f : float(double(rounded) - log2_sum) - lse_lo);
-    } else {
-      hi = set1(none ? kNegInf : -lse);
-      lo = set1(none ? 0.f : -lse_lo);
-    }
+  RowProb(const Problem& prob, float lse_, float lse_lo)
+      : c(set1(prob.multiplier())), lo(set1(-lse_lo)) {
+    // A row with no key: -inf - inf, every probability 0.
+    lse = set1(lse_ == kNegInf ? -kNegInf : lse_in_units(lse_, prob.unit()));
   }
-  template <bool kPlain, int kDegree>
+  template <int kDegree>
   FASTATTN_INLINE vf at(vf x) const {
-    const vf y = kPlain ? fma(x, c, hi) + lo : fma(x + hi, c, lo);
-    return exp2v<kDegree>(y);
+    return exp2v<kDegree>(fma(x - lse, c, lo));
   }
 };
 
@@ -74,10 +66,7 @@ class ProbWorker {
  private:
   void weights(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t n, float* x) {
     const RowProb prob = row_prob(prob_, s, h, i);
-    if (prob_.plain)
-      for (int64_t t = 0; t < n; t += W) store(x + t, prob.at<true, 6>(load(x + t)));
-    else
-      for (int64_t t = 0; t < n; t += W) store(x + t, prob.at<false, 6>(load(x + t)));
+    for (int64_t t = 0; t < n; t += W) store(x + t, prob.at<6>(load(x + t)));
     if (!prob_.dropout.on) return;
     prob_.dropout.row(s.b * prob_.p.H + h, i, j0, n, drop_.data());
     for (int64_t t = 0; t < n; t += W) store(x + t, load(x + t) * load(drop_.data() + t));

@@ -121,7 +121,9 @@ class Problem {
   const bool plain;      // logits are scale * s, so the scale folds into the exponential
   const Dropout dropout;
 
-  // exp2((s - m) * multiplier), with m in the units of s.
+  // Tiles hold logits in units of unit(): plain ones are never multiplied by scale. A probability is
+  // exp2((x - m) * multiplier()); subtracting first keeps huge logits and a bias of finfo.min exact.
+  float unit() const { return plain ? p.scale : 1.f; }
   float multiplier() const { return plain ? p.scale * kLog2e : kLog2e; }
 
   Sequence sequence(int64_t b) const {

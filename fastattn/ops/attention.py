@@ -75,7 +75,7 @@ def attention(
         o (B, H, Sq, Dv) in q's dtype, or a tuple (o, lse), (o, weights) or (o, lse, weights). Memory
         is laid out as (B, Sq, H, Dv) where q is not contiguous.
 
-    Saved for the backward: q, k, v, o, lse and 4 bytes a row of lse's rounding.
+    Saved for the backward: q, k, v, o, lse and 4 bytes a row of what fp32 lse rounds away.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value. Each names the

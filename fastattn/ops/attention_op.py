@@ -188,7 +188,7 @@ def _fwd_backward(
     q, k, v, o, lse, lse_lo, *tensors = ctx.saved_tensors
     if do is None:
         o = None
-    results = torch.ops.fastattn.attention_bwd(
+    results = _backward(
         do, dlse, dweights, q, k, v, o, lse, lse_lo, *tensors, *ctx.numbers, ctx.need
     )
     for pos, grad, bit in zip(
@@ -334,29 +334,42 @@ torch.library.register_vmap(
 
 
 
-class _InFunctorch(torch.autograd.Function):
-    """The same op for ``torch.func``: its ``grad`` wants ``setup_context`` and a vmap rule on the
-    Function itself, which ``torch.library.register_autograd`` does not give."""
+def _functorch_function(name: str, op: Any, setup: Any, backward: Any, n_lead: int) -> Any:
+    """An op for ``torch.func``: its ``grad`` wants ``setup_context`` and a vmap rule on the Function
+    itself, which ``torch.library.register_autograd`` does not give."""
 
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.fastattn.attention_fwd(*args)
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _vmap_batched(n_lead, function.apply)(info, in_dims, *args)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _fwd_setup(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _fwd_backward(ctx, *grads)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _vmap_batched(3, _InFunctorch.apply)(info, in_dims, *args)
+    methods = {
+        "forward": lambda *args: op(*args),
+        "setup_context": lambda ctx, inputs, output: setup(ctx, inputs, output),
+        "backward": backward,
+        "vmap": rule,
+    }
+    function: Any = type(
+        name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()}
+    )
+    return function
 
 
-def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _apply(op: Any, function: Any, args: tuple[Any, ...]) -> Any:
+    inside = not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level()
+    return op(*args) if inside is None or inside is False else function.apply(*args)
+
+
+def forward(*args: Any) -> Any:
     """``attention_fwd`` with autograd, also inside ``torch.func`` transforms."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-        return _InFunctorch.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
-    return torch.ops.fastattn.attention_fwd(*args)  # type: ignore[no-any-return]
+    return _apply(torch.ops.fastattn.attention_fwd, _ForwardFunction, args)
+
+
+def _backward(*args: Any) -> Any:
+    return _apply(torch.ops.fastattn.attention_bwd, _BackwardFunction, args)
+
+
+_ForwardFunction = _functorch_function(
+    "_ForwardFunction", torch.ops.fastattn.attention_fwd, _fwd_setup, _fwd_backward, 3
+)
+_BackwardFunction = _functorch_function(
+    "_BackwardFunction", torch.ops.fastattn.attention_bwd, _bwd_setup, _bwd_backward, 9
+)
