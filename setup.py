@@ -6,8 +6,8 @@ import platform
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-# torch 2.10 is the oldest torch whose stable ABI has all that the bindings use; Python 3.10's limited
-# API is the oldest Python. One binary serves everything newer.
+# torch 2.10 is the oldest torch whose stable ABI has all that the bindings use; Python 3.10's
+# limited API is the oldest Python. One binary serves everything newer.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # Py_LIMITED_API: BuildExtension
 FLAGS = [
     "-std=c++20",
@@ -41,6 +41,7 @@ setup(
                 "csrc/bindings/module.cpp",
                 "csrc/bindings/attention.cpp",
                 "csrc/cpu/isa.cpp",
+                "csrc/cpu/scratch.cpp",
                 "csrc/cpu/attention.cpp",
                 *(f"csrc/cpu/attention_{isa}.cpp" for isa in ["portable", *X86]),
             ],

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 try:
-    from fastattn import _C as _C  # registers the CPU kernels under torch.ops.fastattn
+    import fastattn._C  # noqa: F401  registers the CPU kernels under torch.ops.fastattn
 
     _C_ERROR = ""
 except ImportError as error:  # a source tree that was never built: every op says so by name

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, packaged as ``fastattn.kernels``. They know nothing of torch ops."""
+"""Triton kernels and their launchers, packaged as ``fastattn.kernels``. They know no torch ops."""

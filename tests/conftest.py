@@ -1,8 +1,14 @@
 """Fixtures of the whole suite: one generator, one thread setting, the backends under test."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# torch.compile keeps compiled graphs on disk, keyed by graph and torch but not by what our fake
+# kernels return: a graph compiled with an older fake would be served to the test of a newer one.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # read when torch is imported
+
 import torch
 
 # The fused backends that run on this machine's CPU. A new one joins every feature test by its name.

@@ -1,7 +1,9 @@
-"""What the tests of `fastattn.nn` and `fastattn.swap` share: counting calls, judging a model."""
+"""What the tests of `fastattn.nn` and `fastattn.swap` share: counting calls, judging, copying."""
 
 import copy
-from collections.abc import Callable
+import io
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -79,53 +81,11 @@ def judge_model(stock: nn.Module, fused: nn.Module, call: Call) -> None:
         assert_within(name, got[name], x, [plain[name]], floor if name.startswith("d ") else 0.0)
 
 
-def fake_gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of sum(outputs), by running the nodes of the graph one after the other.
-
-    Under FakeTensorMode(device="cuda") on a machine without a GPU the engine of a torch built for
-    CUDA asks for a device that is not there; the nodes themselves run.  Like the engine this sums
-    a gradient over the dimensions that its input was broadcast over.
-    """
-    waiting: dict[Any, int] = {}  # edges into a node that have not delivered yet
-    todo = [x.grad_fn for x in outputs]
-    reached = set(todo)
-    while todo:
-        for parent, _ in todo.pop().next_functions:
-            if parent is None:
-                continue
-            waiting[parent] = waiting.get(parent, 0) + 1
-            if parent not in reached:
-                reached.add(parent)
-                todo.append(parent)
-
-    arrived: dict[Any, dict[int, Tensor]] = {}
-
-    def deliver(node: Any, slot: int, grad: Tensor | None) -> None:
-        if grad is None:
-            return
-        grad = grad.sum_to_size(tuple(node._input_metadata[slot].shape))
-        slots = arrived.setdefault(node, {})
-        slots[slot] = slots[slot] + grad if slot in slots else grad
-
-    for x in outputs:
-        deliver(x.grad_fn, x.output_nr, torch.ones_like(x))
-    ready = [node for node in reached if not waiting.get(node)]
-    found: dict[int, Tensor] = {}
-    while ready:
-        node = ready.pop()
-        slots = arrived.get(node, {})
-        grads: Any = ()
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = slots[0]
-        elif slots:
-            arguments = [slots.get(i) for i in range(len(node._input_metadata))]
-            grads = node.apply(*arguments) if hasattr(node, "apply") else node(*arguments)
-        grads = grads if isinstance(grads, tuple) else (grads,)
-        for i, (parent, slot) in enumerate(node.next_functions):
-            if parent is None:
-                continue
-            deliver(parent, slot, grads[i] if slots else None)
-            waiting[parent] -= 1
-            if not waiting[parent]:
-                ready.append(parent)
-    return [found.get(id(x)) for x in leaves]
+def copies(model: nn.Module) -> Iterator[nn.Module]:
+    """The model copied in the ways that users copy one."""
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    yield torch.load(file, weights_only=False)

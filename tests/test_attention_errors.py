@@ -92,6 +92,7 @@ BAD: dict[str, tuple[type[Exception], tuple[str, ...], dict[str, Any]]] = {
     "seed_dtype": (TE, ("seed", "int64", "int32"), {"seed": ones(1).int(), "dropout_p": 0.5}),
     "seed_two": (TE, ("seed", "1-element", "(2,)"), {"seed": ones(2).long(), "dropout_p": 0.5}),
     "seed_large": (VE, ("seed", "64 bits", str(2**64)), {"seed": 2**64, "dropout_p": 0.5}),
+    "deterministic_int": (TE, ("deterministic", "bool", "1"), {"deterministic": 1}),
     "weights_word": (VE, ("return_weights", "mean", "'sum'"), {"return_weights": "sum"}),
     "backend_word": (VE, ("backend", "cpu", "'gpu'"), {"backend": "gpu"}),
     "backend_no_device": (VE, ("backend", "cuda"), {"backend": "cuda"}),

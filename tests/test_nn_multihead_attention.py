@@ -2,16 +2,14 @@
 
 import copy
 import inspect
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_tools import Calls, calls, fake_gradients, judge_model, outputs_and_grads  # noqa: F401
-from tools import assert_within
+from swap_tools import Calls, calls, copies, judge_model, outputs_and_grads  # noqa: F401
+from tools import assert_within, fake_grads
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -566,14 +564,7 @@ def test_copies_and_pickles() -> None:
     fused = MultiheadAttention(E, H, batch_first=True, backend="reference")
     x = torch.randn(N, S, E)
     right = fused(x, x, x)[0]
-    file = io.BytesIO()
-    torch.save(fused, file)
-    file.seek(0)
-    for other in (
-        copy.deepcopy(fused),
-        pickle.loads(pickle.dumps(fused)),
-        torch.load(file, weights_only=False),
-    ):
+    for other in copies(fused):
         assert type(other) is MultiheadAttention
         assert other.backend == "reference"
         assert torch.equal(other(x, x, x)[0], right)
@@ -623,6 +614,6 @@ def test_fake_cuda(mask: str, config: str) -> None:
         fake = {n: torch.zeros(m.shape, dtype=m.dtype) for n, m in masks.items()}
         o, weights = fused(x, y, z, **fake)
         assert (o.shape, o.device.type) == ((N, L, E), "cuda")
-        grads = fake_gradients([o, weights], [x, *fused.parameters()])
+        grads = fake_grads([o, weights], [x, *fused.parameters()])
         assert all(g is not None and g.device.type == "cuda" for g in grads)
         assert [g.shape for g in grads[1:]] == [p.shape for p in fused.parameters()]

@@ -1,9 +1,7 @@
 """What happens to models after `fastattn.swap`: copies, files, checkpoints, wrappers, training."""
 
 import copy
-import io
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -16,7 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import torch.distributed as dist
-from swap_tools import Calls, calls, fake_gradients  # noqa: F401
+from swap_tools import Calls, calls, copies  # noqa: F401
+from tools import fake_grads
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -98,14 +97,7 @@ def test_deepcopy_and_pickle(case: Case, calls: Calls) -> None:  # noqa: F811
     stock = run(model)
     swap(model)
     right = run(model)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(file, weights_only=False),
-    ):
+    for other in copies(model):
         calls.clear()
         assert torch.equal(run(other), right)
         assert len(calls) == 2
@@ -380,7 +372,7 @@ def test_fake_cuda() -> None:
         assert (tuple(o.shape), o.device.type) == ((N, S, E), "cuda")
         parameters = {n: p for n, p in model.named_parameters() if not n.startswith("pooler")}
         for grad, p in zip(
-            fake_gradients([o], list(parameters.values())), parameters.values(), strict=True
+            fake_grads([o], list(parameters.values())), parameters.values(), strict=True
         ):
             assert grad is not None
             assert grad.shape == p.shape

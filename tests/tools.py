@@ -256,6 +256,18 @@ def judge(problem: Problem, backend: str, *, against: str = "reference", **more:
     with one_thread():
         right, floors = oracle(problem)
         plain = [sdpa(problem)] if against == "sdpa" else _plain(problem)
+    compare(problem, got, right, floors, plain)
+    return got
+
+
+def compare(
+    problem: Problem,
+    got: Result,
+    right: Result,
+    floors: dict[str, Tensor],
+    plain: Sequence[Result],
+) -> None:
+    """The verdict of `judge`: `got` against the oracle, measured by plain PyTorch's error."""
     for name, x in right.outputs.items():
         # exp need not be finer than 1/128 of the rounding that P gets before the product with v.
         fast_exp = torch.finfo(problem.q.dtype).eps / 256 if problem.q.dtype != torch.float32 else 0
@@ -272,7 +284,6 @@ def judge(problem: Problem, backend: str, *, against: str = "reference", **more:
     for name, x in right.grads.items():
         assert_within(f"d{name}", got.grads[name], x, [p.grads[name] for p in plain], floors[name])
         assert got.grads[name].dtype == got_dtype(problem, name)
-    return got
 
 
 def right_logits(problem: Problem) -> Tensor:
@@ -346,45 +357,57 @@ def cumulative(lens: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
 # --------------------------------------------------------------- autograd without a device
 
 
-def fake_grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of sum(outputs), by calling the nodes of the graph one after the other.
+def fake_grads(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of sum(outputs), by running the nodes of the graph one after the other.
 
     torch 2.14.1 built for CUDA cannot run its own engine under FakeTensorMode(device="cuda") where
     there is no GPU ("hasPrimaryContext expects a valid device index": the mode's stand-in device
-    guard reports one device, the CUDA hooks none). The nodes themselves run.
+    guard reports one device, the CUDA hooks none). The nodes themselves run. Like the engine this
+    sums a gradient over the dimensions that its input was broadcast over.
     """
-    order: list[Any] = []
-    seen: set[Any] = set()
+    waiting: dict[Any, int] = {}  # edges into a node that have not delivered yet
+    reached = {x.grad_fn for x in outputs}  # outputs of one op share a node
+    todo = list(reached)
+    while todo:
+        for parent, _ in todo.pop().next_functions:
+            if parent is None:
+                continue
+            waiting[parent] = waiting.get(parent, 0) + 1
+            if parent not in reached:
+                reached.add(parent)
+                todo.append(parent)
 
-    def visit(node: Any) -> None:
-        if node is None or node in seen:
+    arrived: dict[Any, dict[int, Tensor]] = {}
+
+    def deliver(node: Any, slot: int, grad: Tensor | None) -> None:
+        if grad is None:
             return
-        seen.add(node)
-        for parent, _ in node.next_functions:
-            visit(parent)
-        order.append(node)
+        grad = grad.sum_to_size(tuple(node._input_metadata[slot].shape))
+        slots = arrived.setdefault(node, {})
+        slots[slot] = slots[slot] + grad if slot in slots else grad
 
-    arriving: dict[Any, dict[int, Tensor]] = {}
-    for out in outputs:
-        visit(out.grad_fn)
-        arriving.setdefault(out.grad_fn, {})[out.output_nr] = torch.ones_like(out)
-    leaf_grads: dict[int, Tensor] = {}
-    for node in reversed(order):
-        incoming = arriving.get(node, {})
-        if hasattr(node, "variable"):
-            if incoming:
-                leaf_grads[id(node.variable)] = incoming[0]
-            continue
-        args = [incoming.get(i) for i in range(len(node._input_metadata))]
-        results = node.apply(*args) if hasattr(node, "apply") else node(*args)
-        results = results if isinstance(results, tuple) else (results,)
-        for (parent, slot), grad in zip(node.next_functions, results, strict=False):
-            if parent is not None and grad is not None:
-                # As the engine does: a broadcast's gradient is summed where it arrives.
-                grad = grad.sum_to_size(parent._input_metadata[slot].shape)
-                slots_of = arriving.setdefault(parent, {})
-                slots_of[slot] = slots_of[slot] + grad if slot in slots_of else grad
-    return [leaf_grads.get(id(x)) for x in inputs]
+    for x in outputs:
+        deliver(x.grad_fn, x.output_nr, torch.ones_like(x))
+    ready = [node for node in reached if not waiting.get(node)]
+    found: dict[int, Tensor] = {}
+    while ready:
+        node = ready.pop()
+        slots = arrived.get(node, {})
+        grads: Any = ()
+        if slots and hasattr(node, "variable"):
+            found[id(node.variable)] = slots[0]
+        elif slots:
+            arguments = [slots.get(i) for i in range(len(node._input_metadata))]
+            grads = node.apply(*arguments) if hasattr(node, "apply") else node(*arguments)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        for i, (parent, slot) in enumerate(node.next_functions):
+            if parent is None:
+                continue
+            deliver(parent, slot, grads[i] if slots else None)
+            waiting[parent] -= 1
+            if not waiting[parent]:
+                ready.append(parent)
+    return [found.get(id(x)) for x in leaves]
 
 
 # ---------------------------------------------------------------------------------- the features

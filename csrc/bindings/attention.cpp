@@ -3,6 +3,7 @@
 // The Python layer has named every mistake already; what is checked here keeps a direct call of the
 // op, or one compiled with other values, inside its tensors.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -237,18 +238,40 @@ struct Call {
   }
 };
 
-Tensor empty_f32(const Tensor& like, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Float);
+using Shape = std::vector<int64_t>;
+
+// Through the C shim: new_empty by way of the dispatcher costs a small call as much as its kernel.
+Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
+                                                         strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+int32_t code_of(DType dtype) {
+  switch (dtype) {
+    case DType::kBf16: return aoti_torch_dtype_bfloat16();
+    case DType::kF16: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+Tensor empty(const Shape& shape, int32_t dtype) {
+  Shape strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+  return empty_strided(shape, strides, dtype);
 }
 
 // The memory order of a result: see _empty_as in fastattn/ops/attention_op.py.
 Tensor empty_as(const Tensor& x, int64_t width) {
-  const int64_t n = x.dim();
-  if (n == 3) return torch::stable::new_empty(x, {x.size(0), x.size(1), width});
-  if (x.is_contiguous())
-    return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), width});
-  return torch::stable::transpose(
-      torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), width}), 1, 2);
+  const int32_t dtype = code_of(dtype_of(x, "q"));
+  if (x.dim() == 3) return empty({x.size(0), x.size(1), width}, dtype);
+  const int64_t B = x.size(0), H = x.size(1), S = x.size(2);
+  if (x.is_contiguous()) return empty({B, H, S, width}, dtype);
+  const int64_t h = std::max<int64_t>(width, 1), s = std::max<int64_t>(H, 1) * h;
+  return empty_strided({B, H, S, width}, {std::max<int64_t>(S, 1) * s, h, s, 1}, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
@@ -262,14 +285,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
              max_seqlen_k});
   AttentionParams& p = call.p;
   Tensor o = empty_as(q, p.Dv);
-  const std::vector<int64_t> lse_shape = call.packed ? std::vector<int64_t>{p.H, q.size(0)}
-                                                     : std::vector<int64_t>{p.B, p.H, p.Sq};
-  Tensor lse = empty_f32(q, lse_shape);
-  Tensor lse_lo = empty_f32(q, lse_shape);
-  std::vector<int64_t> w_shape = {0};
+  const Shape lse_shape = call.packed ? Shape{p.H, q.size(0)} : Shape{p.B, p.H, p.Sq};
+  const int32_t f32 = aoti_torch_dtype_float32();
+  Tensor lse = empty(lse_shape, f32), lse_lo = empty(lse_shape, f32);
+  Shape w_shape = {0};
   if (p.weights_mode == Weights::kFull) w_shape = {p.B, p.H, p.Sq, p.Sk};
   if (p.weights_mode == Weights::kMean) w_shape = {p.B, p.Sq, p.Sk};
-  Tensor w = torch::stable::new_empty(q, w_shape);
+  Tensor w = empty(w_shape, code_of(p.dtype));
   if (call.packed) {  // tokens of no sequence
     torch::stable::zero_(o);
     torch::stable::fill_(lse, -INFINITY);
@@ -342,7 +364,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     g.dweights_scale = mean ? 1.f / float(p.H) : 1.f;
   }
   const auto result = [&](const Tensor& like, bool wanted, Operand& to) {
-    if (!wanted) return torch::stable::new_empty(q, {0});
+    if (!wanted) return empty({0}, code_of(p.dtype));
     Tensor x = empty_as(like, like.size(-1));
     if (call.packed) torch::stable::zero_(x);
     to = operand(x, call.packed);
@@ -350,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   };
   Tensor dq = result(q, need & kDq, g.dq), dk = result(k, need & kDk, g.dk),
          dv = result(v, need & kDv, g.dv);
-  Tensor dbias = torch::stable::new_empty(q, {0}), dsinks = torch::stable::new_empty(q, {0});
+  Tensor dbias = empty({0}, code_of(p.dtype)), dsinks = empty({0}, code_of(p.dtype));
   if ((need & kDbias) && bias) {
     std::vector<int64_t> shape;
     for (int64_t d = 0; d < bias->dim(); ++d) shape.push_back(bias->size(d));

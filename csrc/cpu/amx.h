@@ -39,7 +39,7 @@ struct BTiles {
 };
 
 template <int MT, int NT>
-FASTATTN_INLINE void tile_block(bool accumulate, int64_t k_tiles, const char* a, int64_t a_m,
+FASTATTN_NOINLINE void tile_block(bool accumulate, int64_t k_tiles, const char* a, int64_t a_m,
                                 int64_t a_k, int64_t a_row, const char* b, int64_t b_n, int64_t b_k,
                                 float* C, int64_t ldc) {
   const int64_t c_row = ldc * 4;
@@ -75,13 +75,56 @@ FASTATTN_INLINE void tile_block(bool accumulate, int64_t k_tiles, const char* a,
   if constexpr (MT == 2 && NT == 2) _tile_stored(3, c11, c_row);
 }
 
+// Two row tiles of A stay in registers while B streams by: KT <= 2 steps of k, half the tile loads.
+template <int KT>
+FASTATTN_NOINLINE void tile_stream(int64_t n_tiles, const char* a, int64_t a_m, int64_t a_k,
+                                   int64_t a_row, const char* b, int64_t b_n, int64_t b_k, float* C,
+                                   int64_t ldc) {
+  static_assert(KT == 1 || KT == 2);
+  const int64_t c_row = ldc * 4;
+  float* C1 = C + 16 * ldc;
+  _tile_loadd(4, a, a_row);
+  _tile_loadd(5, a + a_m, a_row);
+  if constexpr (KT == 2) {
+    _tile_loadd(6, a + a_k, a_row);
+    _tile_loadd(7, a + a_m + a_k, a_row);
+  }
+  for (int64_t n = 0; n < n_tiles; ++n, b += b_n, C += 16, C1 += 16) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(2, b, 64);
+    _tile_dpbf16ps(0, 4, 2);
+    _tile_dpbf16ps(1, 5, 2);
+    if constexpr (KT == 2) {
+      _tile_loadd(3, b + b_k, 64);
+      _tile_dpbf16ps(0, 6, 3);
+      _tile_dpbf16ps(1, 7, 3);
+    }
+    _tile_stored(0, C, c_row);
+    _tile_stored(1, C1, c_row);
+  }
+}
+
 // C is (16 m_tiles) x (16 n_tiles), row stride ldc floats.
-inline void tile_gemm(bool accumulate, int64_t m_tiles, int64_t n_tiles, int64_t k_tiles, ATiles A,
-                      BTiles B, float* C, int64_t ldc) {
+FASTATTN_NOINLINE inline void tile_gemm(bool accumulate, int64_t m_tiles, int64_t n_tiles,
+                                        int64_t k_tiles, ATiles A, BTiles B, float* C,
+                                        int64_t ldc) {
+  const char *a0 = static_cast<const char*>(A.ptr), *b0 = static_cast<const char*>(B.ptr);
+  int64_t first = 0;
+  if (!accumulate && k_tiles <= 2) {
+    for (; first + 2 <= m_tiles; first += 2) {
+      const char* a = a0 + first * A.m;
+      float* c = C + first * 16 * ldc;
+      if (k_tiles == 2)
+        tile_stream<2>(n_tiles, a, A.m, A.k, A.row, b0, B.n, B.k, c, ldc);
+      else
+        tile_stream<1>(n_tiles, a, A.m, A.k, A.row, b0, B.n, B.k, c, ldc);
+    }
+  }
   for (int64_t n = 0; n < n_tiles; n += 2) {
-    const char* b = static_cast<const char*>(B.ptr) + n * B.n;
-    for (int64_t m = 0; m < m_tiles; m += 2) {
-      const char* a = static_cast<const char*>(A.ptr) + m * A.m;
+    const char* b = b0 + n * B.n;
+    for (int64_t m = first; m < m_tiles; m += 2) {
+      const char* a = a0 + m * A.m;
       float* c = C + m * 16 * ldc + n * 16;
       const bool m2 = m + 1 < m_tiles, n2 = n + 1 < n_tiles;
       if (m2 && n2)

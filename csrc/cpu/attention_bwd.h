@@ -78,7 +78,7 @@ inline void compute_dsinks(const Problem& prob, const float* delta, float* dsink
           const int64_t at = b * p.lse_b + h * p.lse_h + (s.q_start + i) * p.lse_s;
           if (p.lse[at] == kNegInf) continue;
           // In units of the tiles, as RowProb: 0 where the sink is all there is.
-          const double x = double(p.sinks[h]) / prob.unit() - lse_in_units(p.lse[at], prob.unit());
+          const double x = double(p.sinks[h]) / prob.unit() - prob.in_units(p.lse[at]);
           sum -= std::exp2(x * prob.multiplier() - p.lse_lo[at]) * delta[at];
         }
       }
@@ -161,7 +161,7 @@ class BackwardWorker {
     if (rb.hi <= j0 || rb.lo >= j0 + keys) return;
     const auto state = prob_.mask_tile(rb, s, j0, keys);
     if (state == Problem::Tile::kSkip) return;
-    const int64_t n = std::min(keys, rb.hi - j0), n_padded = round_up(n, E::kAlign);
+    const int64_t n = std::min(keys, rb.hi - j0), n_padded = round_up(n, E::kPad);
     const int64_t r0 = rb.i[0] - row0_;
     float *S = s_.data(), *dP = dp_.data();
     engine_.scores(r0, rb.n, j0, n_padded, S);

@@ -12,7 +12,8 @@ class FmaEngine {
  public:
   using Prob = float;
   static constexpr int kBM = 48, kBN = 192;  // 36 KB of S: L2, one panel of it in L1
-  static constexpr int kAlign = kPanel;      // granularity of key tiles
+  static constexpr int kAlign = kPanel;      // granularity of packed keys
+  static constexpr int kPad = 2 * W;         // granularity of a tile's first key and width
   static constexpr int kExpDegree = 6;
 
   explicit FmaEngine(const AttentionParams& params)
@@ -31,7 +32,9 @@ class FmaEngine {
     k_ = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
     if (!direct_)
       pack_transposed<kPanel>(p.dtype, k_, p.k.s, p.k.d, hi - lo, D, kt_.reserve(n * D));
-    const char* v = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
+    const char* v = v_ = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
+    v_direct_ = direct_ && p.v.d == 1 && Dv % W == 0;
+    if (v_direct_) return;
     if (p.dtype == DType::kF32 && p.v.d == 1 && Dv % W == 0) {
       v_rows_ = reinterpret_cast<const float*>(v), v_stride_ = p.v.s;
       return;
@@ -61,8 +64,16 @@ class FmaEngine {
         default: return scores_direct<float>(rb.n, j0, n, n_padded, S);
       }
     }
-    const float* kt = kt_.data() + (j0 - lo_) * D;
-    gemm<1>(false, rb.n, n_padded, D, q_.data(), {kMR * D, kMR}, kt, {kPanel * D, kPanel}, S, kBN);
+    // The first panel may begin inside: a window starts anywhere.
+    const int64_t inside = (j0 - lo_) % kPanel, head = std::min(n_padded, (kPanel - inside) % kPanel);
+    const float* kt = kt_.data() + (j0 - lo_ - inside) * D;
+    if (head > 0)
+      gemm<1>(false, rb.n, head, D, q_.data(), {kMR * D, kMR}, kt + inside, {kPanel * D, kPanel}, S,
+              kBN);
+    if (inside > 0) kt += kPanel * D;
+    if (n_padded > head)
+      gemm<1>(false, rb.n, n_padded - head, D, q_.data(), {kMR * D, kMR}, kt, {kPanel * D, kPanel},
+              S + head, kBN);
   }
 
   Prob* prob_row(float* S, int r) const { return S + r * kBN; }
@@ -71,38 +82,59 @@ class FmaEngine {
   // acc (rows x Dvp) (+)= P v.
   void apply(bool accumulate, const RowBlock& rb, int64_t j0, int64_t n, int64_t, const float* S,
              float* acc) const {
+    if (v_direct_) {
+      switch (p.dtype) {
+        case DType::kBf16: return apply_direct<bf16>(accumulate, rb.n, j0, n, S, acc);
+        case DType::kF16: return apply_direct<f16>(accumulate, rb.n, j0, n, S, acc);
+        default: return apply_direct<float>(accumulate, rb.n, j0, n, S, acc);
+      }
+    }
     const float* v = v_rows_ + (j0 - lo_) * v_stride_;
     gemm<kBN>(accumulate, rb.n, Dvp, n, S, {kMR * kBN, 1}, v, {kPanel, v_stride_}, acc, Dvp);
   }
 
  private:
-  // A dot product a key and row, K straight from the tensor: bound by reading K.
+  // A dot product a key and row, K straight from the tensor: bound by reading K. The sums over lanes
+  // are taken for W keys at once.
   template <class T>
-  void scores_direct(int rows, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
-    for (int r0 = 0; r0 < rows; r0 += 4) {
-      const int here = std::min(4, rows - r0);
-      const float* q = q_.data() + r0 * Dp;
-      for (int64_t t = 0; t < n; ++t) {
-        const T* k = reinterpret_cast<const T*>(k_) + (j0 - lo_ + t) * p.k.s;
-        vf c[4] = {};
-        int64_t d = 0;
-        for (; d + W <= D; d += W) {
+  FASTATTN_NOINLINE void scores_direct(int rows, int64_t j0, int64_t n, int64_t n_padded,
+                                       float* S) const {
+    vf part[kMR][W];
+    const T* k0 = reinterpret_cast<const T*>(k_) + (j0 - lo_) * p.k.s;
+    const int64_t whole = D / W * W;
+    for (int64_t t = 0; t < n_padded; t += W) {
+      for (int x = 0; x < W; ++x) {
+        const T* k = k0 + std::min(t + x, n - 1) * p.k.s;
+        vf c[kMR] = {};
+        for (int64_t d = 0; d < whole; d += W) {
           const vf kv = load(k + d);
-          for (int r = 0; r < 4; ++r) c[r] = fma(load(q + std::min(r, here - 1) * Dp + d), kv, c[r]);
+#pragma GCC unroll 8
+          for (int r = 0; r < kMR; ++r)
+            if (r < rows) c[r] = fma(load(q_.data() + r * Dp + d), kv, c[r]);
         }
-        float tail[4] = {};
-        for (; d < D; ++d)
-          for (int r = 0; r < here; ++r) tail[r] += q[r * Dp + d] * to_float(k[d]);
-        for (int r = 0; r < here; ++r) S[(r0 + r) * kBN + t] = reduce_add(c[r]) + tail[r];
+        if (whole < D) {
+          alignas(64) float tail[W] = {};
+          for (int64_t d = whole; d < D; ++d) tail[d - whole] = to_float(k[d]);
+          for (int r = 0; r < rows; ++r)
+            c[r] = fma(load(q_.data() + r * Dp + whole), load(tail), c[r]);
+        }
+        for (int r = 0; r < rows; ++r) part[r][x] = c[r];
       }
-      for (int r = 0; r < here; ++r)
-        for (int64_t t = n; t < n_padded; ++t) S[(r0 + r) * kBN + t] = 0.f;
+      for (int r = 0; r < rows; ++r) store(S + r * kBN + t, reduce_add_rows(part[r]));
     }
   }
 
-  bool direct_ = false;
+  // V straight from the tensor, converted on its way into registers.
+  template <class T>
+  void apply_direct(bool accumulate, int rows, int64_t j0, int64_t n, const float* S,
+                    float* acc) const {
+    const T* v = reinterpret_cast<const T*>(v_) + (j0 - lo_) * p.v.s;
+    gemm<kBN>(accumulate, rows, Dvp, n, S, {kMR * kBN, 1}, v, {kPanel, p.v.s}, acc, Dvp);
+  }
+
+  bool direct_ = false, v_direct_ = false;
   int64_t b_ = -1, hk_ = -1, lo_ = 0, hi_ = 0, v_stride_ = 0;
-  const char* k_ = nullptr;  // of key lo_
+  const char *k_ = nullptr, *v_ = nullptr;  // of key lo_
   const float* v_rows_ = nullptr;
   Buffer<float> kt_, v_buf_, q_, row_;
 };
@@ -119,7 +151,7 @@ class AmxEngine {
   // Measured on S = 512 and 2048, D = 64: 64 x 128 +3 %, 64 x 64 +15 %, 32 x 64 +20 % time; prefetching
   // the next tiles of K and V during the softmax changed nothing.
   static constexpr int kBM = 32, kBN = 256;
-  static constexpr int kAlign = 32;
+  static constexpr int kAlign = 32, kPad = 32;
   static constexpr int kExpDegree = 4;
 
   explicit AmxEngine(const AttentionParams& params)

@@ -29,9 +29,6 @@ struct alignas(64) RowState {
   vf l[kMaxRows];         // W partial sums: reduced once, at the end
 };
 
-// lse as the backward subtracts it from a tile's logits.
-FASTATTN_INLINE float lse_in_units(float lse, float unit) { return float(double(lse) / unit); }
-
 template <class E>
 class ForwardWorker {
  public:
@@ -101,7 +98,7 @@ class ForwardWorker {
 
   void block(const Sequence& s, const Interval& range) {
     reset();
-    const int64_t lo = std::max(range.lo, rows_.lo / E::kAlign * E::kAlign);
+    const int64_t lo = std::max(range.lo, rows_.lo / E::kPad * E::kPad);
     const int64_t hi = std::min(range.hi, rows_.hi);
     float *S = s_.data(), *acc = acc_.data();
     bool started = false;
@@ -110,7 +107,7 @@ class ForwardWorker {
       const auto tile = prob_.mask_tile(rows_, s, j0, n);
       if (tile == Problem::Tile::kSkip) continue;
       if (!started) engine_.load_queries(rows_, s);
-      const int64_t n_padded = round_up(n, E::kAlign);
+      const int64_t n_padded = round_up(n, E::kPad);
       engine_.scores(rows_, j0, n, n_padded, S);
       const bool whole = prob_.plain && tile == Problem::Tile::kFull && j0 >= rows_.full_lo &&
                          j0 + n_padded <= rows_.full_hi;
@@ -124,7 +121,7 @@ class ForwardWorker {
     if (!started) std::fill_n(acc, rows_.n * engine_.Dvp, 0.f);
   }
 
-  void softmax(const Sequence& s, int64_t j0, int64_t n, bool started) {
+  FASTATTN_NOINLINE void softmax(const Sequence& s, int64_t j0, int64_t n, bool started) {
     const float c = prob_.multiplier();
     float* S = s_.data();
     update_max(S, n, c);
@@ -143,7 +140,7 @@ class ForwardWorker {
 
   // New maxima of all rows before any exponential: W rows are reduced at once, and the reductions of
   // one group hide behind the loads of the next (row by row they cost as much as the exponentials).
-  void update_max(const float* S, int64_t n, float c) {
+  FASTATTN_NOINLINE void update_max(const float* S, int64_t n, float c) {
     for (int r0 = 0; r0 < rows_.n; r0 += W) {
       vf top[W];
       for (int r = 0; r < W; ++r) {
@@ -197,7 +194,7 @@ class ForwardWorker {
     std::memcpy(partial + 2 * E::kBM, acc_.data(), size_t(rows_.n * engine_.Dvp) * sizeof(float));
   }
 
-  void finish(const Sequence& s) {
+  FASTATTN_NOINLINE void finish(const Sequence& s) {
     for (int r = 0; r < rows_.n; ++r) {
       const int64_t h = rows_.h[r], i = s.q_start + rows_.i[r];
       const int64_t at = s.b * p_.lse_b + h * p_.lse_h + i * p_.lse_s;
@@ -215,9 +212,9 @@ class ForwardWorker {
         p_.lse[at] = p_.sinks ? p_.sinks[h] : kNegInf, p_.lse_lo[at] = 0.f;
       } else {
         const double log2_l = lift + double(std::log2(l));
-        const float lse = float(m * unit + log2_l / kLog2eExact);
+        const float lse = float(m * unit + log2_l * kLn2Exact);
         p_.lse[at] = lse;
-        p_.lse_lo[at] = float(log2_l + (m - double(lse_in_units(lse, prob_.unit()))) * c);
+        p_.lse_lo[at] = float(log2_l + (m - double(prob_.in_units(lse))) * c);
       }
       char* o = row_at(p_.o, p_.dtype, s.b, h, i);
       if (none)

@@ -11,6 +11,7 @@ namespace FASTATTN_ISA {
 class FmaGradEngine {
  public:
   static constexpr int kBM = 48, kBN = 192;
+  static constexpr int kPad = 2 * W;  // granularity of a tile's width
   static constexpr int kAlign = kPanel;
   static constexpr int kExpDegree = 6;
 
@@ -98,7 +99,7 @@ class FmaGradEngine {
 class AmxGradEngine {
  public:
   static constexpr int kBM = 64, kBN = 128;
-  static constexpr int kAlign = 32;
+  static constexpr int kAlign = 32, kPad = 32;
   static constexpr int kExpDegree = 4;
 
   explicit AmxGradEngine(const AttentionParams& params)

@@ -13,7 +13,7 @@ struct RowProb {
   RowProb(const Problem& prob, float lse_, float lse_lo)
       : c(set1(prob.multiplier())), lo(set1(-lse_lo)) {
     // A row with no key: -inf - inf, every probability 0.
-    lse = set1(lse_ == kNegInf ? -kNegInf : lse_in_units(lse_, prob.unit()));
+    lse = set1(lse_ == kNegInf ? -kNegInf : prob.in_units(lse_));
   }
   template <int kDegree>
   FASTATTN_INLINE vf at(vf x) const {
@@ -51,7 +51,7 @@ class ProbWorker {
         const int64_t n = std::min<int64_t>(E::kBN, rows_.hi - j0);
         const auto tile = prob_.mask_tile(rows_, s, j0, n);
         if (tile == Problem::Tile::kSkip) continue;
-        const int64_t n_padded = round_up(n, E::kAlign);
+        const int64_t n_padded = round_up(n, E::kPad);
         engine_.scores(rows_, j0, n, n_padded, s_.data());
         for (int r = 0; r < rows_.n; ++r) {
           float* x = s_.data() + r * E::kBN;

@@ -114,7 +114,8 @@ class Problem {
       : p(params),
         group(params.H / std::max<int64_t>(params.Hk, 1)),
         plain(params.scale > 0.f && params.softcap == 0.f && !params.alibi && !params.bias.ptr),
-        dropout(params.dropout_p, params.seed) {}
+        dropout(params.dropout_p, params.seed),
+        inverse_unit_(1. / unit()) {}
 
   const AttentionParams& p;
   const int64_t group;   // query heads a kv head
@@ -125,6 +126,8 @@ class Problem {
   // exp2((x - m) * multiplier()); subtracting first keeps huge logits and a bias of finfo.min exact.
   float unit() const { return plain ? p.scale : 1.f; }
   float multiplier() const { return plain ? p.scale * kLog2e : kLog2e; }
+  // lse as the backward subtracts it from a tile's logits.
+  float in_units(float lse) const { return float(double(lse) * inverse_unit_); }
 
   Sequence sequence(int64_t b) const {
     Sequence s{b, p.q_len ? p.q_len[b] : p.Sq, p.k_len ? p.k_len[b] : p.Sk,
@@ -223,9 +226,20 @@ class Problem {
   }
 
  private:
+  const double inverse_unit_;
+
   void features(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t a, int64_t z,
                 int64_t n, float* x, float* dcap) const {
     const vf scale = set1(p.scale);
+    if (p.bias.ptr && p.bias.j == 1 && p.softcap == 0.f && !p.alibi && p.bias.dtype == DType::kF32) {
+      // The common case in one pass.
+      const float* bias = static_cast<const float*>(p.bias.ptr) + s.b * p.bias.b + h * p.bias.h +
+                          i * p.bias.i + j0;
+      int64_t t = a;
+      for (; t + W <= z; t += W) store(x + t, fma(load(x + t), scale, load(bias + t)));
+      for (; t < z; ++t) x[t] = x[t] * p.scale + bias[t];
+      return;
+    }
     if (p.softcap != 0.f) {
       const vf cap = set1(p.softcap), inv = set1(1.f / p.softcap);
       for (int64_t t = 0; t < n; t += W) {

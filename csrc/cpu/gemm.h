@@ -20,9 +20,10 @@ struct BLayout {
   int64_t panel, k;
 };
 
-template <int MR, int NV, int kARow>
-void micro_kernel(bool accumulate, int64_t K, const float* A, int64_t a_k, const float* B,
-                  int64_t b_k, float* C, int64_t ldc) {
+// T: how B is stored.
+template <int MR, int NV, int kARow, class T>
+FASTATTN_NOINLINE void micro_kernel(bool accumulate, int64_t K, const float* A, int64_t a_k,
+                                    const T* B, int64_t b_k, float* C, int64_t ldc) {
   vf c[MR][NV];
   if (accumulate) {
 #pragma GCC unroll 8
@@ -53,9 +54,9 @@ void micro_kernel(bool accumulate, int64_t K, const float* A, int64_t a_k, const
 }
 
 // MR rows of n columns (n <= kPanel, n % W == 0).
-template <int MR, int kARow>
+template <int MR, int kARow, class T>
 FASTATTN_INLINE void row_tile(bool accumulate, int64_t n, int64_t K, const float* A, int64_t a_k,
-                              const float* B, int64_t b_k, float* C, int64_t ldc) {
+                              const T* B, int64_t b_k, float* C, int64_t ldc) {
   if (n == kPanel) return micro_kernel<MR, kNV, kARow>(accumulate, K, A, a_k, B, b_k, C, ldc);
   for (; n >= 2 * W; n -= 2 * W, B += 2 * W, C += 2 * W)
     micro_kernel<MR, 2, kARow>(accumulate, K, A, a_k, B, b_k, C, ldc);
@@ -63,12 +64,13 @@ FASTATTN_INLINE void row_tile(bool accumulate, int64_t n, int64_t K, const float
 }
 
 // One chunk of K. A tail of rows is taken as 4 + 2 + 1.
-template <int kARow>
+template <int kARow, class T>
 void gemm_chunk(bool accumulate, int64_t M, int64_t N, int64_t K, const float* A, ALayout a,
-                const float* B, BLayout b, float* C, int64_t ldc) {
+                const T* B, BLayout b, float* C, int64_t ldc) {
   for (int64_t n0 = 0; n0 < N; n0 += kPanel) {
     const int64_t n = std::min<int64_t>(kPanel, N - n0);
-    const float *Bp = B + n0 / kPanel * b.panel, *Am = A;
+    const T* Bp = B + n0 / kPanel * b.panel;
+    const float* Am = A;
     float* Cm = C + n0;
     int64_t m = M;
     for (; m >= kMR; m -= kMR, Am += a.tile, Cm += kMR * ldc)
@@ -89,9 +91,9 @@ inline constexpr int64_t kKc = 96;  // 96 x 64 floats of B = 24 KB: half of L1
 
 // C (M x N, row stride ldc) = or += A B over K. N % W == 0. kARow: elements between rows of a tile of
 // A, a constant so that six rows share one address register.
-template <int kARow>
+template <int kARow, class T>
 void gemm(bool accumulate, int64_t M, int64_t N, int64_t K, const float* A, ALayout a,
-          const float* B, BLayout b, float* C, int64_t ldc) {
+          const T* B, BLayout b, float* C, int64_t ldc) {
   // Chunks of one size: a remainder just above kKc is split in halves.
   const int64_t chunks = std::max<int64_t>(1, div_up(K, kKc)), step = div_up(K, chunks);
   for (int64_t c = 0; c < chunks; ++c, accumulate = true) {

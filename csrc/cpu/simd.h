@@ -17,9 +17,11 @@ typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_al
 
 inline constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 inline constexpr float kLog2e = 1.44269504088896340736f;
-inline constexpr double kLog2eExact = 1.44269504088896340736;
+inline constexpr double kLog2eExact = 1.44269504088896340736, kLn2Exact = 0.69314718055994530942;
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+// Loops that own the registers: inlined into their callers, GCC spills their addresses.
+#define FASTATTN_NOINLINE __attribute__((noinline))
 
 FASTATTN_INLINE vf set1(float x) { return x - vf{}; }
 FASTATTN_INLINE vf load(const float* p) { return vf(*reinterpret_cast<const vf_unaligned*>(p)); }
@@ -190,6 +192,21 @@ FASTATTN_INLINE void transpose16(vf (&r)[16]) {
 }
 #endif
 
+// Lane r of the result: the sum of row[r].
+FASTATTN_INLINE vf reduce_add_rows(vf (&row)[W]) {
+#if FASTATTN_LEVEL >= 2
+  transpose16(row);
+#pragma GCC unroll 4
+  for (int step = 8; step > 0; step /= 2)
+    for (int r = 0; r < step; ++r) row[r] += row[r + step];
+  return row[0];
+#else
+  vf m;
+  for (int r = 0; r < W; ++r) m[r] = reduce_add(row[r]);
+  return m;
+#endif
+}
+
 // Lane r of the result: the maximum of row[r].
 FASTATTN_INLINE vf reduce_max_rows(vf (&row)[W]) {
 #if FASTATTN_LEVEL >= 2
@@ -271,23 +288,28 @@ FASTATTN_INLINE int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by
 template <class T>
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { release(); }
+
   T* reserve(int64_t n) {
-    if (n > size_) {
-      data_.reset();
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, size_t(round_up(n * sizeof(T), 64)))));
-      if (!data_) throw std::bad_alloc();
-      size_ = n;
+    const size_t wanted = size_t(n) * sizeof(T);
+    if (wanted > bytes_) {
+      release();
+      data_ = static_cast<T*>(scratch_take(wanted, &bytes_));
     }
-    return data_.get();
+    return data_;
   }
-  T* data() const { return data_.get(); }
+  T* data() const { return data_; }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-  int64_t size_ = 0;
+  void release() {
+    if (data_) scratch_give(data_, bytes_);
+    data_ = nullptr, bytes_ = 0;
+  }
+  T* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 }  // namespace FASTATTN_ISA

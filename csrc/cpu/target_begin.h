@@ -19,6 +19,7 @@
 #include "attention.h"
 #include "isa.h"
 #include "parallel.h"
+#include "scratch.h"
 #if FASTATTN_LEVEL > 0
 #include <immintrin.h>
 #endif

@@ -38,7 +38,7 @@ def attention(
     deterministic: bool = True,
     backend: str = "auto",
 ) -> Any:
-    """Scaled dot-product attention, ``softmax(scale * q k^T + ...) v``, without the (Sq, Sk) matrix.
+    """Scaled dot-product attention, ``softmax(scale q k^T + ...) v``, without the (Sq, Sk) matrix.
 
     Tiled online softmax (Dao et al., "FlashAttention", arXiv:2205.14135). The logits are built in
     this order: scale, softcap, ALiBi, bias, masks (``mask``, ``causal``, ``window``, lengths); the
@@ -47,7 +47,7 @@ def attention(
 
     Args:
         q: (B, H, Sq, D), float32, bfloat16, float16 or float64; any strides.
-        k: (B, Hk, Sk, D), q's dtype and device; H % Hk == 0, query head h reads head h // (H // Hk).
+        k: (B, Hk, Sk, D), q's dtype and device; H % Hk == 0, query head h reads h // (H // Hk).
         v: (B, Hk, Sk, Dv).
         mask: bool, broadcastable to (B, H, Sq, Sk), True = takes part.
         bias: float, broadcastable to (B, H, Sq, Sk), added to the logits; its gradient comes in its
@@ -55,8 +55,8 @@ def attention(
         causal: False; True (top-left: key j <= row i) or "bottom_right" (j <= i + Sk - Sq).
         window: (left, right) keys around the diagonal, None on a side = unlimited; aligned top-left
             unless ``causal="bottom_right"``.
-        q_lens, k_lens: (B,) int32 or int64, valid rows / keys of a padded batch; they stand for Sq /
-            Sk in bottom_right, window and ALiBi. What lies beyond them is never read.
+        q_lens, k_lens: (B,) int32 or int64, valid rows / keys of a padded batch; they stand for
+            Sq / Sk in bottom_right, window and ALiBi. What lies beyond them is never read.
         alibi_slopes: (H,) or (B, H); adds -slope * abs(i + Sk - Sq - j). Not differentiable.
         softcap: c > 0; logits become c * tanh(logits / c) before bias and masks.
         sinks: (H,), a logit a head that joins the softmax's sum and no value; differentiable.
@@ -72,8 +72,8 @@ def attention(
         backend: "auto", "cpu", "triton", "cuda" or "reference".
 
     Returns:
-        o (B, H, Sq, Dv) in q's dtype, or a tuple (o, lse), (o, weights) or (o, lse, weights). Memory
-        is laid out as (B, Sq, H, Dv) where q is not contiguous.
+        o (B, H, Sq, Dv) in q's dtype, or a tuple (o, lse), (o, weights) or (o, lse, weights).
+        Memory is laid out as (B, Sq, H, Dv) where q is not contiguous.
 
     Saved for the backward: q, k, v, o, lse and 4 bytes a row of what fp32 lse rounds away.
 
@@ -141,16 +141,16 @@ def attention_varlen(
 
     Args:
         q: (Tq, H, D). k: (Tk, Hk, D). v: (Tk, Hk, Dv).
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 or int64, from 0, not decreasing. Tokens beyond the
-            last value get output 0, lse -inf and gradients 0.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 or int64, from 0, not decreasing. Tokens beyond
+            the last value get output 0, lse -inf and gradients 0.
         max_seqlen_q, max_seqlen_k: ints; needed only for mask, bias and weights where the lengths
             cannot be read (another device than the CPU, or while compiling).
         mask, bias: broadcastable to (B, H, max_seqlen_q, max_seqlen_k).
         (the rest): as in :func:`attention`.
 
     Returns:
-        o (Tq, H, Dv); lse is (H, Tq); weights are padded, (B, H, max_seqlen_q, max_seqlen_k) or, for
-        "mean", (B, max_seqlen_q, max_seqlen_k), zero outside the sequences.
+        o (Tq, H, Dv); lse is (H, Tq); weights are padded, (B, H, max_seqlen_q, max_seqlen_k) or,
+        for "mean", (B, max_seqlen_q, max_seqlen_k), zero outside the sequences.
 
     Raises:
         TypeError, ValueError: as :func:`attention`.
@@ -183,7 +183,8 @@ def attention_varlen(
             "the lengths cannot be read without a synchronisation",
         )
     # Unread lengths are bounded by the token counts.
-    max_q, max_k = (q.shape[0] if max_q is None else max_q), (k.shape[0] if max_k is None else max_k)
+    max_q = q.shape[0] if max_q is None else max_q
+    max_k = k.shape[0] if max_k is None else max_k
     return _run(
         name,
         (q, k, v),
@@ -211,7 +212,7 @@ def _run(
     name: str,
     qkv: tuple[Tensor, Tensor, Tensor],
     target: tuple[Any, ...],
-    lengths: dict[str, Tensor | None],
+    lengths: dict[str, Any],  # by name: those that the public function has, Tensor or None
     features: tuple[Any, ...],
     returns: tuple[Any, ...],
 ) -> Any:
@@ -228,6 +229,7 @@ def _run(
     if sinks is not None:
         check.check_sinks(name, sinks, q, heads)
     check.check_numbers(name, scale, softcap, dropout_p)
+    check.check_bool(name, "deterministic", deterministic)
     left, right = check.window_limits(name, window)
     causality = check.causal_code(name, causal)
     weights = check.weights_code(name, return_weights)

@@ -6,6 +6,7 @@ always and on another device only under ``fastattn.debug_checks(True)``: a read 
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NoReturn
 
@@ -154,7 +155,7 @@ def check_cu_seqlens(op: str, name: str, cu: Any, q: Tensor, tokens: int) -> int
     if values[0] != 0:
         fail(op, f"{name} must start with 0, got {values[0]}")
     longest = 0
-    for b, (lo, hi) in enumerate(zip(values, values[1:], strict=False)):
+    for b, (lo, hi) in enumerate(itertools.pairwise(values)):
         if hi < lo:
             fail(op, f"{name} must not decrease, got {lo} then {hi} at index {b + 1}")
         longest = max(longest, hi - lo)
@@ -164,9 +165,11 @@ def check_cu_seqlens(op: str, name: str, cu: Any, q: Tensor, tokens: int) -> int
 
 
 def check_max_seqlen(op: str, name: str, given: Any, longest: int | None) -> None:
-    if given is not None and (isinstance(given, bool) or not isinstance(given, (int, torch.SymInt))):
+    if given is None:
+        return
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
         fail(op, f"{name} must be an int or None, got {given!r}", TypeError)
-    if given is not None and longest is not None and given < longest:
+    if longest is not None and given < longest:
         fail(op, f"{name} must be at least the longest sequence {longest}, got {given}")
 
 
@@ -209,6 +212,11 @@ def check_numbers(op: str, scale: Any, softcap: Any, dropout_p: Any) -> None:
         fail(op, f"dropout_p must be a float, got {dropout_p!r}", TypeError)
     if not 0.0 <= dropout_p < 1.0:
         fail(op, f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_bool(op: str, name: str, given: Any) -> None:
+    if not isinstance(given, bool):
+        fail(op, f"{name} must be a bool, got {given!r}", TypeError)
 
 
 def weights_code(op: str, return_weights: Any) -> int:

@@ -7,6 +7,7 @@ in csrc/bindings/attention.cpp); this file holds what is the same for all of the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def _empty_as(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:
     args = Shared(*shared)
     o = _empty_as(q, (*q.shape[:-1], v.shape[-1]))
-    f32 = {"dtype": torch.float32}
+    f32: dict[str, Any] = {"dtype": torch.float32}
     if args.cu_seqlens_q is not None:
         b, h = args.cu_seqlens_q.shape[0] - 1, q.shape[1]
         sq, sk = args.max_seqlen_q, args.max_seqlen_k
@@ -99,36 +100,28 @@ def _bwd_fake(
     )
 
 
+@dataclass(slots=True)
 class Shared:
-    """The arguments that both ops share, by name."""
+    """The arguments that both ops share, by name and in the schema's order."""
 
-    __slots__ = (
-        "mask",
-        "bias",
-        "q_lens",
-        "k_lens",
-        "cu_seqlens_q",
-        "cu_seqlens_k",
-        "alibi_slopes",
-        "sinks",
-        "seed",
-        "scale",
-        "causal",
-        "window_left",
-        "window_right",
-        "softcap",
-        "dropout_p",
-        "weights",
-        "max_seqlen_q",
-        "max_seqlen_k",
-    )
-
-    def __init__(self, *values: Any) -> None:
-        for name, value in zip(self.__slots__, values, strict=True):
-            setattr(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:  # for mypy: slots are set by name above
-        raise AttributeError(name)
+    mask: Tensor | None
+    bias: Tensor | None
+    q_lens: Tensor | None
+    k_lens: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    scale: float
+    causal: int
+    window_left: int
+    window_right: int
+    softcap: float
+    dropout_p: float
+    weights: int
+    max_seqlen_q: int
+    max_seqlen_k: int
 
     def reference_kwargs(self) -> dict[str, Any]:
         """The same call in the words of ``fastattn.reference``."""
@@ -223,7 +216,7 @@ def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
     upstream, (q, k, v) = saved[:3], saved[3:6]
     wide = torch.promote_types(q.dtype, torch.float32)
 
-    def leaf(x: Tensor | None) -> Tensor | None:
+    def leaf(x: Tensor | None) -> Any:
         if x is None or not x.is_floating_point():
             return x
         return x.detach().to(wide).requires_grad_()
@@ -233,7 +226,7 @@ def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
         upstream_ = tuple(map(leaf, upstream))
         shared.bias, shared.sinks = bias_, sinks_
         kwargs = shared.reference_kwargs()
-        if shared.cu_seqlens_q is not None:
+        if shared.cu_seqlens_q is not None and shared.cu_seqlens_k is not None:
             outputs = reference.attention_varlen(
                 q_, k_, v_, shared.cu_seqlens_q, shared.cu_seqlens_k, **kwargs
             )
@@ -252,7 +245,9 @@ def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
         )
         wanted = [gg for i, gg in enumerate(grads_of_grads) if need >> i & 1]
         use = [
-            (g, gg.to(g.dtype)) for g, gg in zip(first, wanted, strict=True) if None not in (g, gg)
+            (g, gg.to(g.dtype))
+            for g, gg in zip(first, wanted, strict=True)
+            if g is not None and gg is not None
         ]
         leaves = [*upstream_, q_, k_, v_, bias_, sinks_]
         present = [x for x in leaves if x is not None]
@@ -263,7 +258,7 @@ def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
             if use
             else [None] * len(present)
         )
-    originals = [*upstream, q, k, v, saved[7], saved[13]]
+    originals: list[Any] = [*upstream, q, k, v, saved[7], saved[13]]
     out = []
     for original, x in zip(originals, leaves, strict=True):
         g = next(second) if x is not None else None
@@ -304,7 +299,7 @@ def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _vmap_batched(n_lead: int, op: Any) -> Any:
-    """vmap rule: the first ``n_lead`` arguments are (B, H, ...) and fold where no other is given."""
+    """vmap rule: the first ``n_lead`` arguments are (B, H, ...); they fold if no other is given."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         if any(x is not None for x in args[n_lead : n_lead + 9]):  # masks, lengths, sinks, seed
@@ -333,43 +328,67 @@ torch.library.register_vmap(
 )
 
 
+# ---- the eager path -------------------------------------------------------------------------------
+# register_autograd serves the compilers and direct calls of the op. In eager it costs 0.3 ms a call
+# (it reads the schema back, argument by argument) and does not serve torch.func, so eager calls go
+# through Functions of our own over the same setup and backward.
 
-def _functorch_function(name: str, op: Any, setup: Any, backward: Any, n_lead: int) -> Any:
-    """An op for ``torch.func``: its ``grad`` wants ``setup_context`` and a vmap rule on the Function
-    itself, which ``torch.library.register_autograd`` does not give."""
+
+def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():  # type: ignore[no-untyped-call]
+        return op(*args)
+
+
+def _functions(name: str, op: Any, setup: Any, backward: Any, n_lead: int) -> tuple[Any, Any]:
+    """The op as an autograd Function: for eager, and for ``torch.func``.
+
+    ``torch.func`` wants ``setup_context`` apart and a vmap rule; that form binds the signature anew
+    at every call (25 us), so eager has one of its own.
+    """
+
+    def eager_forward(ctx: Any, *args: Any) -> Any:
+        output = _below_autograd(op, args)
+        setup(ctx, args, output)
+        return output
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _vmap_batched(n_lead, function.apply)(info, in_dims, *args)
+        return _vmap_batched(n_lead, functorch.apply)(info, in_dims, *args)
 
-    methods = {
-        "forward": lambda *args: op(*args),
-        "setup_context": lambda ctx, inputs, output: setup(ctx, inputs, output),
-        "backward": backward,
-        "vmap": rule,
-    }
-    function: Any = type(
-        name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()}
+    def make(suffix: str, **methods: Any) -> Any:
+        static = {k: staticmethod(f) for k, f in methods.items()}
+        return type(name + suffix, (torch.autograd.Function,), static)
+
+    functorch = make(
+        "Functorch",
+        forward=lambda *args: _below_autograd(op, args),
+        setup_context=lambda ctx, inputs, output: setup(ctx, inputs, output),
+        backward=backward,
+        vmap=rule,
     )
-    return function
+    return make("", forward=eager_forward, backward=backward), functorch
 
 
-def _apply(op: Any, function: Any, args: tuple[Any, ...]) -> Any:
-    inside = not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level()
-    return op(*args) if inside is None or inside is False else function.apply(*args)
+def _apply(op: Any, functions: tuple[Any, Any], args: tuple[Any, ...]) -> Any:
+    if torch.compiler.is_compiling():
+        return op(*args)
+    eager, functorch = functions
+    if torch._C._functorch.maybe_current_level() is not None:
+        return functorch.apply(*args)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return eager.apply(*args)
+    return _below_autograd(op, args)
+
+
+_fwd_op = torch.ops.fastattn.attention_fwd.default
+_bwd_op = torch.ops.fastattn.attention_bwd.default
+_FWD = _functions("_Forward", _fwd_op, _fwd_setup, _fwd_backward, 3)
+_BWD = _functions("_Backward", _bwd_op, _bwd_setup, _bwd_backward, 9)
 
 
 def forward(*args: Any) -> Any:
-    """``attention_fwd`` with autograd, also inside ``torch.func`` transforms."""
-    return _apply(torch.ops.fastattn.attention_fwd, _ForwardFunction, args)
+    """``attention_fwd`` with autograd."""
+    return _apply(_fwd_op, _FWD, args)
 
 
 def _backward(*args: Any) -> Any:
-    return _apply(torch.ops.fastattn.attention_bwd, _BackwardFunction, args)
-
-
-_ForwardFunction = _functorch_function(
-    "_ForwardFunction", torch.ops.fastattn.attention_fwd, _fwd_setup, _fwd_backward, 3
-)
-_BackwardFunction = _functorch_function(
-    "_BackwardFunction", torch.ops.fastattn.attention_bwd, _bwd_setup, _bwd_backward, 9
-)
+    return _apply(_bwd_op, _BWD, args)
