@@ -21,6 +21,7 @@ FLAGS = [
     "-Wextra",
     "-Wno-unused-parameter",
     "-Wno-maybe-uninitialized",  # GCC's own AVX-512 headers
+    "-Wno-uninitialized",
 ]
 X86 = ["avx2", "avx512", "amx"] if platform.machine() in ("x86_64", "AMD64") else []
 

@@ -4,8 +4,8 @@ A process each, so that a mutant that crashes or hangs takes nothing with it:
 
     python mutant.py LIBRARY IN.npz OUT.npz
 
-IN holds the arguments of the cases as arrays called "CASE/NAME", numbers among them; OUT the results
-in the same way. `encode` and `decode` are the two ends in the process of the tests.
+IN holds the arguments of the cases as arrays called "CASE/NAME", numbers among them (see `Case` in
+test_mutations.py, whose names are those of attention.h), OUT the results in the same way.
 """
 
 import ctypes
@@ -42,9 +42,14 @@ class MutantCall(ctypes.Structure):
     ]
 
 
-def _rows(x: np.ndarray, packed: bool) -> np.ndarray:
-    """(B, H, S, ...) or (T, H, ...) as a (B, H, S, ...) view; a packed batch has stride 0."""
-    return np.broadcast_to(x.swapaxes(0, 1), (1, *x.swapaxes(0, 1).shape)) if packed else x
+def _heads(x: np.ndarray, packed: bool) -> np.ndarray:
+    """(B, H, S, X), or (T, H, X), as (B, H, S, X)."""
+    return _batch_of_one(x.swapaxes(0, 1)) if packed else x
+
+
+def _batch_of_one(x: np.ndarray) -> np.ndarray:
+    """x behind a dimension of stride 0."""
+    return np.broadcast_to(x, (1, *x.shape))
 
 
 def _view(x: np.ndarray | None) -> View:
@@ -57,7 +62,7 @@ def _view(x: np.ndarray | None) -> View:
 def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One case, forward and backward: every result by its name in RESULTS."""
     packed = "q_start" in case
-    q, k, v = (_rows(case[n], packed) for n in "qkv")
+    q, k, v = (_heads(case[n], packed) for n in "qkv")
     batch = int(case["batch"]) if packed else len(q)
     sq, sk = int(case["Sq"]), int(case["Sk"])
     target = (batch, q.shape[1], sq, sk)
@@ -77,11 +82,10 @@ def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarr
         out["o"][:], out["lse"][:], out["dq"][:], out["dk"][:], out["dv"][:] = 0, -np.inf, 0, 0, 0
     lse_lo = np.zeros_like(out["lse"])
 
-    # lse's own (h, s) order when packed.
-    lse = out["lse"][None] if packed else out["lse"]
+    lse = _batch_of_one(out["lse"]) if packed else out["lse"]
     views: dict[str, Any] = {"q": q, "k": k, "v": v, "lse": lse}
-    views |= {n: _rows(out[n], packed) for n in ("o", "dq", "dk", "dv")}
-    views["d_o"] = _rows(case["d_o"], packed)
+    views |= {n: _heads(out[n], packed) for n in ("o", "dq", "dk", "dv")}
+    views["d_o"] = _heads(case["d_o"], packed)
     views |= {n: np.broadcast_to(case[n], target) for n in ("mask", "bias") if n in case}
     if "dbias" in out:
         views["dbias"] = np.broadcast_to(out["dbias"], target)

@@ -178,7 +178,7 @@ def _floors(
     return {n: g.abs() for n, g in grads_of(outputs, leaves, {"lse": error}).items()}
 
 
-def _plain(problem: Problem) -> list[Result]:
+def plain_results(problem: Problem) -> list[Result]:
     """Plain PyTorch in the problem's dtype, in two orders of summation over the head dim."""
     results = []
     for order in (torch.arange(problem.q.shape[-1]), torch.randperm(problem.q.shape[-1])):
@@ -255,7 +255,7 @@ def judge(problem: Problem, backend: str, *, against: str = "reference", **more:
     got = run(problem, backend, **more)
     with one_thread():
         right, floors = oracle(problem)
-        plain = [sdpa(problem)] if against == "sdpa" else _plain(problem)
+        plain = [sdpa(problem)] if against == "sdpa" else plain_results(problem)
     compare(problem, got, right, floors, plain)
     return got
 

@@ -68,6 +68,7 @@ struct AttentionGrads {
   Operand dq, dk, dv;            // null = not wanted; unit stride in d
   float* dbias = nullptr;        // fp32, zeroed by the caller, own contiguous shape
   int64_t dbias_b = 0, dbias_h = 0, dbias_i = 0, dbias_j = 0;  // its strides, 0 = broadcast
+  bool dbias_once = false;       // every element is reached exactly once: stored, need not be zeroed
   float* dsinks = nullptr;       // (H,), zeroed by the caller
 };
 

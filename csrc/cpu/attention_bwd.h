@@ -217,7 +217,9 @@ class BackwardWorker {
   void add_bias_grad(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t n,
                      const float* ds) {
     float* to = g_.dbias + s.b * g_.dbias_b + h * g_.dbias_h + i * g_.dbias_i + j0 * g_.dbias_j;
-    if (g_.dbias_j) {
+    if (g_.dbias_once) {
+      std::memcpy(to, ds, size_t(n) * sizeof(float));
+    } else if (g_.dbias_j) {
       for (int64_t t = 0; t < n; ++t) to[t] += ds[t];
     } else {
       float sum = 0.f;

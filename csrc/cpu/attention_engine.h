@@ -97,31 +97,43 @@ class FmaEngine {
   // A dot product a key and row, K straight from the tensor: bound by reading K. The sums over lanes
   // are taken for W keys at once.
   template <class T>
-  FASTATTN_NOINLINE void scores_direct(int rows, int64_t j0, int64_t n, int64_t n_padded,
-                                       float* S) const {
-    vf part[kMR][W];
-    const T* k0 = reinterpret_cast<const T*>(k_) + (j0 - lo_) * p.k.s;
-    const int64_t whole = D / W * W;
+  void scores_direct(int rows, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
+    const T* k = reinterpret_cast<const T*>(k_) + (j0 - lo_) * p.k.s;
     for (int64_t t = 0; t < n_padded; t += W) {
-      for (int x = 0; x < W; ++x) {
-        const T* k = k0 + std::min(t + x, n - 1) * p.k.s;
-        vf c[kMR] = {};
-        for (int64_t d = 0; d < whole; d += W) {
-          const vf kv = load(k + d);
-#pragma GCC unroll 8
-          for (int r = 0; r < kMR; ++r)
-            if (r < rows) c[r] = fma(load(q_.data() + r * Dp + d), kv, c[r]);
-        }
-        if (whole < D) {
-          alignas(64) float tail[W] = {};
-          for (int64_t d = whole; d < D; ++d) tail[d - whole] = to_float(k[d]);
-          for (int r = 0; r < rows; ++r)
-            c[r] = fma(load(q_.data() + r * Dp + whole), load(tail), c[r]);
-        }
-        for (int r = 0; r < rows; ++r) part[r][x] = c[r];
-      }
-      for (int r = 0; r < rows; ++r) store(S + r * kBN + t, reduce_add_rows(part[r]));
+      int r = 0;
+      if (rows & 4) dots<T, 4>(k, t, n, r, S), r += 4;
+      if (rows & 2) dots<T, 2>(k, t, n, r, S), r += 2;
+      if (rows & 1) dots<T, 1>(k, t, n, r, S);
     }
+  }
+
+  // Rows [r0, r0 + R) against keys [t, t + W); beyond key n - 1 that key again (masked later).
+  template <class T, int R>
+  FASTATTN_NOINLINE void dots(const T* k0, int64_t t, int64_t n, int r0, float* S) const {
+    vf part[R][W];
+    const float* q = q_.data() + r0 * Dp;
+    const int64_t whole = D / W * W;
+    for (int x = 0; x < W; ++x) {
+      const T* k = k0 + std::min(t + x, n - 1) * p.k.s;
+      vf c[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) c[r] = vf{};
+      for (int64_t d = 0; d < whole; d += W) {
+        const vf kv = load(k + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) c[r] = fma(load(q + r * Dp + d), kv, c[r]);
+      }
+      if (whole < D) {
+        alignas(64) float tail[W] = {};
+        for (int64_t d = whole; d < D; ++d) tail[d - whole] = to_float(k[d]);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) c[r] = fma(load(q + r * Dp + whole), load(tail), c[r]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) part[r][x] = c[r];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) store(S + (r0 + r) * kBN + t, reduce_add_rows(part[r]));
   }
 
   // V straight from the tensor, converted on its way into registers.

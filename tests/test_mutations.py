@@ -1,0 +1,286 @@
+"""Bugs planted in the CPU kernels, one at a time: some case must fail for each.
+
+What proves the tests of the kernels: a case that no bug can fail checks nothing. A mutant is a
+library of the portable instruction set alone (mutant_shim.cpp), which takes seconds to compile; the
+cases are fp32 and held to the rule of `tools.judge`.
+"""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mutant
+import numpy as np
+import pytest
+import torch
+from mutations import MUTATIONS, Mutation
+from tools import (
+    Problem,
+    Result,
+    compare,
+    featured,
+    one_thread,
+    oracle,
+    packed,
+    padded,
+    plain_results,
+)
+
+HERE = Path(__file__).parent
+CPU = HERE.parent / "csrc" / "cpu"
+JOBS = 2
+# -O1: a third of the time of -O3. The floating-point flags are those of setup.py.
+FLAGS = (
+    "-std=c++20", "-O1", "-g0", "-w", "-fPIC", "-shared", "-fvisibility=hidden",
+    "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+
+# --------------------------------------------------------------------------------------- cases
+
+
+def with_nan_beyond_lengths() -> Problem:
+    problem = padded(b=3, h=4, hk=2, sq=21, sk=34, d=11, causal="bottom_right")
+    q_lens, k_lens = torch.tensor([21, 7, 0]), torch.tensor([19, 34, 5])
+    for b in range(3):
+        problem.q[b, :, q_lens[b] :] = torch.nan
+        problem.k[b, :, k_lens[b] :] = torch.nan
+        problem.v[b, :, k_lens[b] :] = torch.nan
+    return problem.with_(q_lens=q_lens, k_lens=k_lens)
+
+
+def with_lowest_bias() -> Problem:
+    """Rows whose every key has the bias finfo.min, as models mask: fp32 lse cannot hold log l."""
+    problem = padded(b=1, h=2, sq=9, sk=40, d=16)
+    bias = torch.randn(1, 1, 9, 40)
+    bias[:, :, ::2] = torch.finfo(torch.float32).min
+    return problem.with_(bias=bias)
+
+
+# Name -> (problem, threads of the plan). A tile is 48 x 192.
+CASES: dict[str, tuple[Any, int]] = {
+    "tails": (partial(padded, b=2, h=2, sq=53, sk=211, d=19, dv=7), 1),
+    "causal_gqa": (partial(padded, b=1, h=6, hk=2, sq=61, d=24, causal=True), 1),
+    "bottom_right": (partial(padded, b=1, h=2, sq=37, sk=50, d=8, causal="bottom_right"), 1),
+    "empty_rows": (
+        lambda: padded(b=1, h=2, sq=70, sk=13, d=8, causal="bottom_right", sinks=torch.randn(2)),
+        1,
+    ),
+    "window": (partial(featured, "window", b=1, h=2, sq=60, sk=70, d=8), 1),
+    "mask": (partial(featured, "mask", b=2, h=2, sq=21, sk=40, d=8), 1),
+    "bias_per_batch": (
+        lambda: padded(b=2, h=2, sq=20, sk=230, d=8, bias=torch.randn(2, 1, 20, 230)),
+        1,
+    ),
+    "bias_per_row": (
+        lambda: padded(b=2, h=2, sq=20, sk=30, d=8, bias=torch.randn(2, 20, 1)),
+        1,
+    ),
+    "lowest_bias": (with_lowest_bias, 1),
+    "alibi": (partial(featured, "alibi_batch", b=2, h=2, sq=20, sk=31, d=8), 1),
+    "softcap": (partial(featured, "softcap", b=1, h=2, sq=20, sk=31, d=8), 1),
+    "sinks": (
+        lambda: padded(b=2, h=3, sq=20, sk=31, d=8, sinks=torch.tensor([0.5, 100.0, -100.0])),
+        1,
+    ),
+    "dropout": (
+        partial(padded, b=2, h=2, sq=53, sk=40, d=8, dropout_p=0.3, seed=2**40 + 11),
+        1,
+    ),
+    "weights": (
+        partial(padded, b=2, h=2, sq=20, sk=230, d=8, causal=True, return_weights=True),
+        1,
+    ),
+    "weights_mean_dropout": (
+        partial(
+            padded, b=1, h=4, hk=2, sq=20, sk=31, d=8, dropout_p=0.3, seed=3, return_weights="mean"
+        ),
+        1,
+    ),
+    "lengths": (with_nan_beyond_lengths, 1),
+    "packed": (partial(packed, (13, 0, 40), (20, 3, 40), h=4, hk=2, d=12, causal=True), 1),
+    "all": (partial(featured, "all", b=2, h=4, hk=2, sq=30, sk=41, d=8), 1),
+    "decode": (partial(padded, b=2, h=4, hk=2, sq=1, sk=75, d=22), 1),
+    "split_keys": (partial(padded, b=1, h=1, sq=12, sk=1024, d=64), 8),
+    "two_passes": (
+        lambda: padded(b=2, h=2, hk=1, sq=130, sk=230, d=16, bias=torch.randn(130, 230)),
+        8,
+    ),
+}
+
+
+class Case:
+    """A problem with its oracle, and its arguments as mutant.py takes them."""
+
+    def __init__(self, problem: Problem, threads: int) -> None:
+        self.problem = problem
+        with one_thread():
+            self.right, self.floors = oracle(problem)
+            self.plain = plain_results(problem)
+        self.arrays = {n: np.asarray(x) for n, x in self._arguments(threads).items()}
+
+    def _arguments(self, threads: int) -> dict[str, Any]:
+        p, given = self.problem, dict(self.problem.kwargs)
+        upstream = p.upstream_for(self.right.outputs)
+        left, right = given.get("window", (None, None))
+        slopes = given.get("alibi_slopes")
+        found: dict[str, Any] = {n: getattr(p, n) for n in "qkv"}
+        found |= {n: given[n] for n in ("mask", "bias", "sinks") if n in given}
+        if slopes is not None:
+            found["alibi"] = slopes
+        if p.cu_seqlens is not None:
+            for side, cu in zip("qk", p.cu_seqlens, strict=True):
+                found[f"{side}_start"], found[f"{side}_len"] = cu[:-1].long(), cu.diff().long()
+            sq, sk = (int(cu.diff().max()) for cu in p.cu_seqlens)
+        else:
+            found |= {f"{s}_len": given[f"{s}_lens"].long() for s in "qk" if f"{s}_lens" in given}
+            sq, sk = p.q.shape[2], p.k.shape[2]
+        return found | {
+            "batch": len(p.q) if p.cu_seqlens is None else len(p.cu_seqlens[0]) - 1,
+            "Sq": sq,
+            "Sk": sk,
+            "threads": threads,
+            "d_o": upstream["o"],
+            "dlse": upstream["lse"],
+            "dweights": upstream.get("weights", torch.zeros(0)),
+            "alibi_b": p.q.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
+            "causal": (False, True, "bottom_right").index(given.get("causal", False)),
+            "window_left": -1 if left is None else left,
+            "window_right": -1 if right is None else right,
+            "seed": given.get("seed", 0),
+            "weights_mode": (False, True, "mean").index(given.get("return_weights", False)),
+            "scale": given.get("scale", p.q.shape[-1] ** -0.5),
+            "softcap": given.get("softcap", 0.0),
+            "dropout_p": given.get("dropout_p", 0.0),
+        }
+
+    def verdict(self, results: dict[str, np.ndarray]) -> str | None:
+        """None where the results are right, else what is wrong with them."""
+        got = {n: torch.from_numpy(x) for n, x in results.items()}
+        outputs = {n: got[n] for n in self.right.outputs}
+        grads = {n: got[f"d{n}"] for n in self.right.grads}
+        try:
+            compare(self.problem, Result(outputs, grads), self.right, self.floors, self.plain)
+        except AssertionError as error:
+            return str(error).splitlines()[0]
+        return None
+
+
+# ------------------------------------------------------------------------------------ libraries
+
+
+def pattern(code: str) -> str:
+    """A regular expression for the code however it is broken into lines."""
+    tokens = re.findall(r"\w+|[^\w\s]", code)
+    gaps = [
+        r"\s+" if a[-1].isalnum() and b[0].isalnum() else r"\s*"
+        for a, b in itertools.pairwise(tokens)
+    ]
+    return "".join(re.escape(t) + g for t, g in zip(tokens, [*gaps, ""], strict=True))
+
+
+def mutate(text: str, mutation: Mutation) -> str:
+    found = list(re.finditer(pattern(mutation.find), text))
+    assert len(found) == 1, (
+        f"{mutation.name}: {len(found)} places in {mutation.file}, wanted 1: {mutation.find}"
+    )
+    return text[: found[0].start()] + mutation.replace + text[found[0].end() :]
+
+
+def build(folder: Path, mutation: Mutation | None) -> Path:
+    """The library of the kernels, with the mutation where there is one."""
+    folder.mkdir()
+    for source in (*CPU.glob("*.h"), CPU / "attention_portable.cpp", CPU / "scratch.cpp"):
+        shutil.copy(source, folder)
+    if mutation is not None:
+        file = folder / mutation.file
+        file.write_text(mutate(file.read_text(), mutation))
+    library = folder / "mutant.so"
+    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
+    command = [*compiler, *FLAGS, f"-I{folder}", str(HERE / "mutant_shim.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{folder.name} does not compile:\n{done.stderr}"
+    return library
+
+
+def outcome(library: Path, inputs: Path) -> dict[str, dict[str, np.ndarray]] | str:
+    """The results by case, or how the mutant died."""
+    out = library.with_name("out.npz")
+    command = [sys.executable, str(HERE / "mutant.py"), str(library), str(inputs), str(out)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return "does not end"
+    if done.returncode < 0:
+        return f"died of signal {-done.returncode}"
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as file:
+        return mutant.nested(dict(file))
+
+
+class Lab:
+    """The cases, and a folder to build mutants in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cases = {n: Case(make(), threads) for n, (make, threads) in CASES.items()}
+        self.inputs = folder / "in.npz"
+        np.savez(
+            self.inputs,
+            **{f"{c}/{n}": x for c, case in self.cases.items() for n, x in case.arrays.items()},
+        )
+
+    def outcome(self, mutation: Mutation | None) -> dict[str, dict[str, np.ndarray]] | str:
+        library = build(self.folder / (mutation.name if mutation else "none"), mutation)
+        return outcome(library, self.inputs)
+
+    def failures(self, found: dict[str, dict[str, np.ndarray]] | str) -> dict[str, str]:
+        """What each case finds wrong, by case; a death is found by all."""
+        if isinstance(found, str):
+            return {"(all)": found}
+        verdicts = {n: case.verdict(found[n]) for n, case in self.cases.items()}
+        return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    torch.manual_seed(0)
+    return Lab(tmp_path_factory.mktemp("mutants"))
+
+
+# ---------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutation_has_its_place(mutation: Mutation) -> None:
+    text = (CPU / mutation.file).read_text()
+    assert mutate(text, mutation) != text
+
+
+def test_names_are_unique() -> None:
+    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+
+
+def test_the_kernels_themselves_pass(lab: Lab) -> None:
+    assert lab.failures(lab.outcome(None)) == {}
+
+
+@pytest.mark.slow
+def test_every_mutation_is_caught(lab: Lab) -> None:
+    with ThreadPoolExecutor(JOBS) as pool:
+        caught = {
+            m.name: lab.failures(found)
+            for m, found in zip(MUTATIONS, pool.map(lab.outcome, MUTATIONS), strict=True)
+        }
+    for name, failures in caught.items():
+        print(f"{name:30} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
+    idle = [c for c in CASES if not any(c in failures for failures in caught.values())]
+    print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
+    assert [name for name, failures in caught.items() if not failures] == []
