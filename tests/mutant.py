@@ -2,7 +2,7 @@
 
 A process each, so that a mutant that crashes or hangs takes nothing with it:
 
-    python mutant.py LIBRARY IN.npz OUT.npz
+    python tests/mutant.py LIBRARY IN.npz OUT.npz
 
 IN holds the arguments of the cases as arrays called "CASE/NAME", numbers among them (see `Case` in
 test_mutations.py, whose names are those of attention.h), OUT the results in the same way.

@@ -44,6 +44,7 @@ MUTATIONS = (
              "prob_.dropout.row(rows_.h[r]"),
     # ---- which keys, and the features
     Mutation("mask_inverted", ROWS, "m[t] ? x[t] : kNegInf", "m[t] ? kNegInf : x[t]"),
+    Mutation("mask_tile_full_on_any", ROWS, "every &= row[t]", "every |= row[t]"),
     Mutation("mask_of_head_0", ROWS, "b * m.b + h * m.h", "b * m.b + 0 * h"),
     Mutation("causal_off_by_one", ROWS, "std::min(r.hi, at + 1)", "std::min(r.hi, at + 2)"),
     Mutation("window_left_off_by_one", ROWS, "at - p.window_left", "at - p.window_left + 1"),
@@ -74,7 +75,7 @@ MUTATIONS = (
              "prob_.dropout.row(s.b * p_.H, i"),
     Mutation("dk_not_scaled", BWD, "engine_.Dp, p_.scale, g_.dk", "engine_.Dp, 1.f, g_.dk"),
     Mutation("dq_not_scaled", BWD, "p_.D, p_.scale, to", "p_.D, 1.f, to"),
-    Mutation("dk_of_last_head", BWD, "std::fill_n(dk, E::kBN * engine_.Dp, 0.f)", "(void)0"),
+    Mutation("dk_not_cleared", BWD, "std::fill_n(dk, E::kBN * engine_.Dp, 0.f)", "(void)0"),
     Mutation("dbias_batch_stride", BWD, "s.b * g_.dbias_b", "0 * g_.dbias_b"),
     Mutation("dbias_after_softcap", BWD, "if (dbias_) add_bias_grad(s, h, i, j0, n, y);"
              " if (p_.softcap != 0.f) for (int64_t t = 0; t < n_padded; t += W)"
@@ -88,6 +89,8 @@ MUTATIONS = (
     Mutation("padding_grads_not_zeroed", BWD, "zero(g.dk, b, p.Hk, s.Sk, p.Sk, p.D);", ""),
     Mutation("dq_of_empty_rows_not_zeroed", BWD, "zero_row(p_.dtype, p_.D, to);", ";"),
     # ---- products
+    Mutation("window_inside_panel", ENGINE, "kt + inside", "kt"),
+    Mutation("values_of_first_tile", ENGINE, "v_rows_ + (j0 - lo_) * v_stride_", "v_rows_"),
     Mutation("decode_head_dim_tail", ENGINE, "if (whole < D)", "if (false)"),
     Mutation("dk_row_block", GRAD_ENGINE, "q_.ptr + r0 * q_.stride", "q_.ptr"),
     Mutation("dv_row_block", GRAD_ENGINE, "do_.ptr + r0 * do_.stride", "do_.ptr"),

@@ -12,6 +12,7 @@ class FmaEngine {
  public:
   using Prob = float;
   static constexpr int kBM = 48, kBN = 192;  // 36 KB of S: L2, one panel of it in L1
+  static constexpr int kNarrowBM = 24;       // under a window: fewer keys that only some rows see
   static constexpr int kAlign = kPanel;      // granularity of packed keys
   static constexpr int kPad = 2 * W;         // granularity of a tile's first key and width
   static constexpr int kExpDegree = 6;
@@ -162,7 +163,7 @@ class AmxEngine {
   using Prob = bf16;
   // Measured on S = 512 and 2048, D = 64: 64 x 128 +3 %, 64 x 64 +15 %, 32 x 64 +20 % time; prefetching
   // the next tiles of K and V during the softmax changed nothing.
-  static constexpr int kBM = 32, kBN = 256;
+  static constexpr int kBM = 32, kBN = 256, kNarrowBM = 32;
   static constexpr int kAlign = 32, kPad = 32;
   static constexpr int kExpDegree = 4;
 

@@ -53,8 +53,10 @@ class ForwardWorker {
       range.hi = std::min(range.hi, range.lo + step);
     }
     if (range.hi > range.lo) engine_.load_keys(s, item.hk, range.lo, range.hi, direct);
-    for (int64_t first = item.first; first < item.last; first += E::kBM) {
-      prob_.fill(rows_, s, item.hk, first, int(std::min<int64_t>(E::kBM, item.last - first)));
+    const bool narrow = item.splits == 1 && prob_.narrow(4 * E::kBM);
+    const int step = narrow ? E::kNarrowBM : E::kBM;
+    for (int64_t first = item.first; first < item.last; first += step) {
+      prob_.fill(rows_, s, item.hk, first, int(std::min<int64_t>(step, item.last - first)));
       block(s, range);
       if (item.splits > 1)
         save(item.partial);

@@ -176,6 +176,12 @@ class Problem {
     return r;
   }
 
+  // Whether no row sees more than about 2 * limit keys.
+  bool narrow(int64_t limit) const {
+    const bool right = p.causal != Causal::kNone || (p.window_right >= 0 && p.window_right < limit);
+    return right && p.window_left >= 0 && p.window_left < limit;
+  }
+
   const uint8_t* mask_row(int64_t b, int64_t h, int64_t i, int64_t j) const {
     const Broadcast& m = p.mask;
     return static_cast<const uint8_t*>(m.ptr) + b * m.b + h * m.h + i * m.i + j * m.j;
