@@ -35,10 +35,14 @@ using Opt = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kF32;
-    case ScalarType::BFloat16: return DType::kBf16;
-    case ScalarType::Half: return DType::kF16;
-    case ScalarType::Bool: return DType::kBool;
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::BFloat16:
+      return DType::kBf16;
+    case ScalarType::Half:
+      return DType::kF16;
+    case ScalarType::Bool:
+      return DType::kBool;
     default:
       STD_TORCH_CHECK(false, "fastattn::attention: ", name,
                       " must be float32, bfloat16 or float16 for the CPU kernels");
@@ -213,8 +217,8 @@ struct Call {
       start.push_back(at[size_t(b)]), len.push_back(here);
       longest = std::max(longest, here);
     }
-    FASTATTN_CHECK(at.back() <= tokens, name, " must end within the ", tokens, " tokens given, got ",
-                   at.back());
+    FASTATTN_CHECK(at.back() <= tokens, name, " must end within the ", tokens,
+                   " tokens given, got ", at.back());
     return longest;
   }
 
@@ -251,9 +255,12 @@ Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype) {
 
 int32_t code_of(DType dtype) {
   switch (dtype) {
-    case DType::kBf16: return aoti_torch_dtype_bfloat16();
-    case DType::kF16: return aoti_torch_dtype_float16();
-    default: return aoti_torch_dtype_float32();
+    case DType::kBf16:
+      return aoti_torch_dtype_bfloat16();
+    case DType::kF16:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_float32();
   }
 }
 
@@ -279,10 +286,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
     Opt cu_seqlens_k, Opt alibi_slopes, Opt sinks, Opt seed, double scale, int64_t causal,
     int64_t window_left, int64_t window_right, double softcap, double dropout_p, int64_t weights,
     int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  Call call(q, k, v,
-            {mask, bias, q_lens, k_lens, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed,
-             scale, causal, window_left, window_right, softcap, dropout_p, weights, max_seqlen_q,
-             max_seqlen_k});
+  Call call(
+      q, k, v,
+      {mask, bias, q_lens, k_lens, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, scale,
+       causal, window_left, window_right, softcap, dropout_p, weights, max_seqlen_q, max_seqlen_k});
   AttentionParams& p = call.p;
   Tensor o = empty_as(q, p.Dv);
   const Shape lse_shape = call.packed ? Shape{p.H, q.size(0)} : Shape{p.B, p.H, p.Sq};
@@ -310,15 +317,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
 enum Need : int64_t { kDq = 1, kDk = 2, kDv = 4, kDbias = 8, kDsinks = 16 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
-    Opt d_o, Opt dlse, Opt dweights, Tensor q, Tensor k, Tensor v, Opt o, Tensor lse,
-    Tensor lse_lo, Opt mask, Opt bias, Opt q_lens, Opt k_lens, Opt cu_seqlens_q, Opt cu_seqlens_k,
+    Opt d_o, Opt dlse, Opt dweights, Tensor q, Tensor k, Tensor v, Opt o, Tensor lse, Tensor lse_lo,
+    Opt mask, Opt bias, Opt q_lens, Opt k_lens, Opt cu_seqlens_q, Opt cu_seqlens_k,
     Opt alibi_slopes, Opt sinks, Opt seed, double scale, int64_t causal, int64_t window_left,
     int64_t window_right, double softcap, double dropout_p, int64_t weights, int64_t max_seqlen_q,
     int64_t max_seqlen_k, int64_t need) {
-  Call call(q, k, v,
-            {mask, bias, q_lens, k_lens, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed,
-             scale, causal, window_left, window_right, softcap, dropout_p, weights, max_seqlen_q,
-             max_seqlen_k});
+  Call call(
+      q, k, v,
+      {mask, bias, q_lens, k_lens, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, scale,
+       causal, window_left, window_right, softcap, dropout_p, weights, max_seqlen_q, max_seqlen_k});
   AttentionParams& p = call.p;
   const int64_t rows = (call.packed ? q.size(0) : p.B * p.Sq) * p.H;
   for (const Tensor* x : {&lse, &lse_lo})
@@ -344,7 +351,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   }
   std::optional<Tensor> dlse_c;
   if (dlse) {
-    FASTATTN_CHECK(dlse->numel() == rows && dlse->scalar_type() == ScalarType::Float, "dlse must have lse's shape");
+    FASTATTN_CHECK(dlse->numel() == rows && dlse->scalar_type() == ScalarType::Float,
+                   "dlse must have lse's shape");
     dlse_c = torch::stable::contiguous(*dlse);
     g.dlse = static_cast<const float*>(dlse_c->const_data_ptr());
   }
@@ -355,12 +363,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     FASTATTN_CHECK(w.dim() == (mean ? 3 : 4) && w.size(0) == p.B && w.size(-2) == p.Sq &&
                        w.size(-1) == p.Sk && (mean || w.size(1) == p.H),
                    "dweights must have the weights' shape");
-    g.dweights = {w.const_data_ptr(),
-                  p.dtype,
-                  w.stride(0),
-                  mean ? 0 : w.stride(1),
-                  w.stride(w.dim() - 2),
-                  w.stride(w.dim() - 1)};
+    g.dweights = {w.const_data_ptr(),    p.dtype,
+                  w.stride(0),           mean ? 0 : w.stride(1),
+                  w.stride(w.dim() - 2), w.stride(w.dim() - 1)};
     g.dweights_scale = mean ? 1.f / float(p.H) : 1.f;
   }
   const auto result = [&](const Tensor& like, bool wanted, Operand& to) {

@@ -1,8 +1,8 @@
 // bf16 matrix products on AMX tiles: C (+)= A B, 2 x 2 tiles of 16 x 16 fp32.
 //
 // A: 16 rows of 32 bf16 (64 bytes), any row stride. B: packed tiles of 1 KB, 16 rows of 16 column
-// pairs: B[k / 2][n][k % 2]. Per step of 32 in k: 4 loads (32 KB/s of L1 a cycle is not the bound), 4
-// products of 16 cycles each. Tiles 0-3 hold C, 4-5 A, 6-7 B.
+// pairs: B[k / 2][n][k % 2]. Per step of 32 in k: 4 loads (32 KB/s of L1 a cycle is not the bound),
+// 4 products of 16 cycles each. Tiles 0-3 hold C, 4-5 A, 6-7 B.
 #if FASTATTN_LEVEL >= 3
 
 namespace fastattn {
@@ -40,8 +40,8 @@ struct BTiles {
 
 template <int MT, int NT>
 FASTATTN_NOINLINE void tile_block(bool accumulate, int64_t k_tiles, const char* a, int64_t a_m,
-                                int64_t a_k, int64_t a_row, const char* b, int64_t b_n, int64_t b_k,
-                                float* C, int64_t ldc) {
+                                  int64_t a_k, int64_t a_row, const char* b, int64_t b_n,
+                                  int64_t b_k, float* C, int64_t ldc) {
   const int64_t c_row = ldc * 4;
   float *c00 = C, *c01 = C + 16, *c10 = C + 16 * ldc, *c11 = C + 16 * ldc + 16;
   if (accumulate) {
@@ -152,8 +152,8 @@ FASTATTN_INLINE __m512i load_row32(const bf16* src, int64_t stride_d, int64_t co
   return _mm512_load_si512(row);
 }
 
-// Rows as B tiles with the rows as columns (B = rows^T): dst[row / 16][d / 32] of 1 KB tiles. Rows up
-// to the next multiple of 32 are zero.
+// Rows as B tiles with the rows as columns (B = rows^T): dst[row / 16][d / 32] of 1 KB tiles. Rows
+// up to the next multiple of 32 are zero.
 inline void pack_tiles_transposed(const bf16* src, int64_t stride, int64_t stride_d, int64_t rows,
                                   int64_t cols, bf16* dst) {
   for (int64_t r = 0; r < round_up(rows, 32); r += 16) {

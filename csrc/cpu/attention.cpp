@@ -5,16 +5,16 @@
 namespace fastattn {
 
 #if defined(__x86_64__)
-#define FASTATTN_DISPATCH(call)                   \
-  switch (current_isa()) {                        \
-    case Isa::kAmx:                               \
-      return amx::call;                           \
-    case Isa::kAvx512:                            \
-      return avx512::call;                        \
-    case Isa::kAvx2:                              \
-      return avx2::call;                          \
-    default:                                      \
-      return portable::call;                      \
+#define FASTATTN_DISPATCH(call) \
+  switch (current_isa()) {      \
+    case Isa::kAmx:             \
+      return amx::call;         \
+    case Isa::kAvx512:          \
+      return avx512::call;      \
+    case Isa::kAvx2:            \
+      return avx2::call;        \
+    default:                    \
+      return portable::call;    \
   }
 #else
 #define FASTATTN_DISPATCH(call) return portable::call

@@ -2,9 +2,9 @@
 //
 //   S = q k^T, logits = features(scale * S), P = softmax(logits), o = dropout(P) v
 //
-// B batch, H query heads, Hk key/value heads, Sq / Sk rows of q / k, D and Dv head dims. Strides are
-// in elements. The caller owns every pointer; kernels write only o, lse, lse_lo, weights and the
-// d* results, and all of each. No call allocates anything of size Sq * Sk.
+// B batch, H query heads, Hk key/value heads, Sq / Sk rows of q / k, D and Dv head dims. Strides
+// are in elements. The caller owns every pointer; kernels write only o, lse, lse_lo, weights and
+// the d* results, and all of each. No call allocates anything of size Sq * Sk.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ struct AttentionParams {
   int64_t Sq = 0, Sk = 0;  // padded: of the tensors; packed: the longest sequence
   DType dtype = DType::kF32;
   Operand q, k, v;
-  Operand o;            // unit stride in d
+  Operand o;                // unit stride in d
   float* lse = nullptr;     // natural log
   float* lse_lo = nullptr;  // what fp32 lse cannot hold, in log2 (see RowProb)
   int64_t lse_b = 0, lse_h = 0, lse_s = 0;
@@ -61,15 +61,15 @@ struct AttentionParams {
 };
 
 struct AttentionGrads {
-  Operand d_o;                   // upstream, any strides; null where o is not used
-  const float* dlse = nullptr;   // strides of lse; null = 0
-  Broadcast dweights;            // upstream of the weights (kMean: h stride 0); null = 0
-  float dweights_scale = 1.f;    // kMean: 1 / H
-  Operand dq, dk, dv;            // null = not wanted; unit stride in d
-  float* dbias = nullptr;        // fp32, zeroed by the caller, own contiguous shape
+  Operand d_o;                  // upstream, any strides; null where o is not used
+  const float* dlse = nullptr;  // strides of lse; null = 0
+  Broadcast dweights;           // upstream of the weights (kMean: h stride 0); null = 0
+  float dweights_scale = 1.f;   // kMean: 1 / H
+  Operand dq, dk, dv;           // null = not wanted; unit stride in d
+  float* dbias = nullptr;       // fp32, zeroed by the caller, own contiguous shape
   int64_t dbias_b = 0, dbias_h = 0, dbias_i = 0, dbias_j = 0;  // its strides, 0 = broadcast
-  bool dbias_once = false;       // every element is reached exactly once: stored, need not be zeroed
-  float* dsinks = nullptr;       // (H,), zeroed by the caller
+  bool dbias_once = false;  // every element is reached exactly once: stored, need not be zeroed
+  float* dsinks = nullptr;  // (H,), zeroed by the caller
 };
 
 void attention_forward(const AttentionParams& p, const Parallel& parallel);
@@ -77,11 +77,11 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g,
                         const Parallel& parallel);
 
 // One pair of these in each instruction set's namespace; the functions above choose.
-#define FASTATTN_DECLARE_ISA(isa)                                                             \
-  namespace isa {                                                                             \
-  void attention_forward(const AttentionParams& p, const Parallel& parallel);                 \
-  void attention_backward(const AttentionParams& p, const AttentionGrads& g,                  \
-                          const Parallel& parallel);                                          \
+#define FASTATTN_DECLARE_ISA(isa)                                             \
+  namespace isa {                                                             \
+  void attention_forward(const AttentionParams& p, const Parallel& parallel); \
+  void attention_backward(const AttentionParams& p, const AttentionGrads& g,  \
+                          const Parallel& parallel);                          \
   }
 FASTATTN_DECLARE_ISA(portable)
 FASTATTN_DECLARE_ISA(avx2)

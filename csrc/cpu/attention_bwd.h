@@ -5,10 +5,10 @@
 //   dP = dropout(do v^T + dweights);  dS = P * (dP - delta)
 //   dbias += dS;  dq += scale dS k;  dk += scale dS^T q;  dsinks -= sum exp(sink - lse) delta
 //
-// Five products where one item owns a kv head; with fewer heads than threads two passes (dk and dv by
-// keys, dq by rows: seven products) instead of partial sums. Every sum has one owner and a fixed order:
-// the result is bitwise repeatable, without atomics. dbias gets a pass of its own only where a bias
-// is shared by items that run at the same time.
+// Five products where one item owns a kv head; with fewer heads than threads two passes (dk and dv
+// by keys, dq by rows: seven products) instead of partial sums. Every sum has one owner and a fixed
+// order: the result is bitwise repeatable, without atomics. dbias gets a pass of its own only where
+// a bias is shared by items that run at the same time.
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -51,15 +51,15 @@ void compute_delta(const Problem& prob, const AttentionGrads& g, const Parallel&
         const Broadcast& w = g.dweights;
         const int64_t first = (h - hk * prob.group) * s.Sq;
         worker->visit(b, hk, first + i0, first + i1,
-                      [&](int64_t, int64_t i, int64_t j0, int64_t n,
-                          const float* weights) FASTATTN_LAMBDA {
-                        std::fill_n(dw.data(), n, 0.f);
-                        const int64_t from = b * w.b + h * w.h + i * w.i + j0 * w.j;
-                        add_row(p.dtype, w.ptr, from, w.j, n, g.dweights_scale, dw.data());
-                        float sum = 0.f;
-                        for (int64_t t = 0; t < n; ++t) sum += weights[t] * dw.data()[t];
-                        delta[at(h, i)] += sum;
-                      });
+                      [&](int64_t, int64_t i, int64_t j0, int64_t n, const float* weights)
+                          FASTATTN_LAMBDA {
+                            std::fill_n(dw.data(), n, 0.f);
+                            const int64_t from = b * w.b + h * w.h + i * w.i + j0 * w.j;
+                            add_row(p.dtype, w.ptr, from, w.j, n, g.dweights_scale, dw.data());
+                            float sum = 0.f;
+                            for (int64_t t = 0; t < n; ++t) sum += weights[t] * dw.data()[t];
+                            delta[at(h, i)] += sum;
+                          });
       }
     }
   });
@@ -89,7 +89,8 @@ inline void compute_dsinks(const Problem& prob, const float* delta, float* dsink
 
 // ---- the passes ---------------------------------------------------------------------------------
 
-// What one item computes: rows [row0, row1) of heads [h0, h1) of a kv head against keys [key0, key1).
+// What one item computes: rows [row0, row1) of heads [h0, h1) of a kv head against keys [key0,
+// key1).
 struct GradItem {
   int64_t b, hk, h0, h1, row0, row1, key0, key1;
   bool dq, dkv, dbias;
@@ -122,8 +123,9 @@ class BackwardWorker {
       find_rows(s, item, h);
       const int64_t rows = row1_ - row0_;
       if (rows > 0) engine_.load_rows(s, g_.d_o, h, row0_, row1_);
-      if (dq_) std::fill_n(dq_acc_.reserve(rows * engine_.Dp + 16 * engine_.Dp),
-                           round_up(rows, 16) * engine_.Dp, 0.f);
+      if (dq_)
+        std::fill_n(dq_acc_.reserve(rows * engine_.Dp + 16 * engine_.Dp),
+                    round_up(rows, 16) * engine_.Dp, 0.f);
       for (int64_t j0 = item.key0; j0 < item.key1; j0 += E::kBN) {
         const int64_t n = std::min<int64_t>(E::kBN, item.key1 - j0);
         const int64_t at = many ? j0 - item.key0 : 0;
@@ -231,8 +233,7 @@ class BackwardWorker {
   void write_keys(const Sequence& s, int64_t hk, int64_t j0, int64_t n, const float* dk,
                   const float* dv) {
     const int64_t at = s.k_start + j0;
-    if (g_.dk.ptr)
-      engine_.write_keys(dk, n, p_.D, engine_.Dp, p_.scale, g_.dk, s.b, hk, at);
+    if (g_.dk.ptr) engine_.write_keys(dk, n, p_.D, engine_.Dp, p_.scale, g_.dk, s.b, hk, at);
     if (g_.dv.ptr) engine_.write_keys(dv, n, p_.Dv, engine_.Dvp, 1.f, g_.dv, s.b, hk, at);
   }
 
@@ -262,7 +263,7 @@ inline void fill_padding_grads(const Problem& prob, const AttentionGrads& g) {
   const AttentionParams& p = prob.p;
   if (p.q_start) return;
   const auto zero = [&](const Operand& x, int64_t b, int64_t heads, int64_t from, int64_t to,
-                       int64_t width) {
+                        int64_t width) {
     if (!x.ptr) return;
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t i = from; i < to; ++i) zero_row(p.dtype, width, row_at(x, p.dtype, b, h, i));
@@ -339,15 +340,14 @@ class GradPlan {
       const Sequence s = prob_.sequence(b);
       for (int64_t h = 0; h < p_.H; ++h)
         for (int64_t i = 0; i < s.Sq; i += step)
-          items.push_back(
-              rows_item(s, h, i, std::min(s.Sq, i + step), true, dbias));
+          items.push_back(rows_item(s, h, i, std::min(s.Sq, i + step), true, dbias));
     }
   }
   GradItem rows_item(const Sequence& s, int64_t h, int64_t i0, int64_t i1, bool dq, bool dbias) {
     const Interval r = prob_.range(s, i0, i1);
     const int64_t lo = r.lo / bn_ * bn_;
-    return {s.b, h / prob_.group, h, h + 1, i0, i1, lo, std::max(lo, r.hi), dq, false, dbias,
-            (i1 - i0) * (r.hi - lo)};
+    return {s.b, h / prob_.group,    h,  h + 1, i0,    i1,
+            lo,  std::max(lo, r.hi), dq, false, dbias, (i1 - i0) * (r.hi - lo)};
   }
   // All (b, h) that share a slice of the bias, in order; a chunk of rows or of keys a group.
   void bias_groups(int threads) {

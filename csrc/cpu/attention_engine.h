@@ -23,8 +23,8 @@ class FmaEngine {
   const AttentionParams& p;
   const int64_t D, Dv, Dp, Dvp;
 
-  // Keys [lo, hi) of (b, hk); lo % kAlign == 0. Kept while the same or a smaller range is asked for.
-  // direct: do not pack K (few query rows, each key is used once); needs unit stride in d.
+  // Keys [lo, hi) of (b, hk); lo % kAlign == 0. Kept while the same or a smaller range is asked
+  // for. direct: do not pack K (few query rows, each key is used once); needs unit stride in d.
   void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi, bool direct) {
     direct_ = direct && p.k.d == 1;
     if (s.b == b_ && hk == hk_ && lo >= lo_ && hi <= hi_) return;
@@ -60,13 +60,17 @@ class FmaEngine {
   void scores(const RowBlock& rb, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
     if (direct_) {
       switch (p.dtype) {
-        case DType::kBf16: return scores_direct<bf16>(rb.n, j0, n, n_padded, S);
-        case DType::kF16: return scores_direct<f16>(rb.n, j0, n, n_padded, S);
-        default: return scores_direct<float>(rb.n, j0, n, n_padded, S);
+        case DType::kBf16:
+          return scores_direct<bf16>(rb.n, j0, n, n_padded, S);
+        case DType::kF16:
+          return scores_direct<f16>(rb.n, j0, n, n_padded, S);
+        default:
+          return scores_direct<float>(rb.n, j0, n, n_padded, S);
       }
     }
     // The first panel may begin inside: a window starts anywhere.
-    const int64_t inside = (j0 - lo_) % kPanel, head = std::min(n_padded, (kPanel - inside) % kPanel);
+    const int64_t inside = (j0 - lo_) % kPanel,
+                  head = std::min(n_padded, (kPanel - inside) % kPanel);
     const float* kt = kt_.data() + (j0 - lo_ - inside) * D;
     if (head > 0)
       gemm<1>(false, rb.n, head, D, q_.data(), {kMR * D, kMR}, kt + inside, {kPanel * D, kPanel}, S,
@@ -85,9 +89,12 @@ class FmaEngine {
              float* acc) const {
     if (v_direct_) {
       switch (p.dtype) {
-        case DType::kBf16: return apply_direct<bf16>(accumulate, rb.n, j0, n, S, acc);
-        case DType::kF16: return apply_direct<f16>(accumulate, rb.n, j0, n, S, acc);
-        default: return apply_direct<float>(accumulate, rb.n, j0, n, S, acc);
+        case DType::kBf16:
+          return apply_direct<bf16>(accumulate, rb.n, j0, n, S, acc);
+        case DType::kF16:
+          return apply_direct<f16>(accumulate, rb.n, j0, n, S, acc);
+        default:
+          return apply_direct<float>(accumulate, rb.n, j0, n, S, acc);
       }
     }
     const float* v = v_rows_ + (j0 - lo_) * v_stride_;
@@ -95,8 +102,8 @@ class FmaEngine {
   }
 
  private:
-  // A dot product a key and row, K straight from the tensor: bound by reading K. The sums over lanes
-  // are taken for W keys at once.
+  // A dot product a key and row, K straight from the tensor: bound by reading K. The sums over
+  // lanes are taken for W keys at once.
   template <class T>
   void scores_direct(int rows, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
     const T* k = reinterpret_cast<const T*>(k_) + (j0 - lo_) * p.k.s;
@@ -161,8 +168,8 @@ FASTATTN_INLINE const bf16* bf16_row(const Operand& x, int64_t b, int64_t h, int
 class AmxEngine {
  public:
   using Prob = bf16;
-  // Measured on S = 512 and 2048, D = 64: 64 x 128 +3 %, 64 x 64 +15 %, 32 x 64 +20 % time; prefetching
-  // the next tiles of K and V during the softmax changed nothing.
+  // Measured on S = 512 and 2048, D = 64: 64 x 128 +3 %, 64 x 64 +15 %, 32 x 64 +20 % time;
+  // prefetching the next tiles of K and V during the softmax changed nothing.
   static constexpr int kBM = 32, kBN = 256, kNarrowBM = 32;
   static constexpr int kAlign = 32, kPad = 32;
   static constexpr int kExpDegree = 4;
@@ -182,8 +189,7 @@ class AmxEngine {
     const int64_t n = hi - lo, rows = round_up(n, kAlign);
     pack_tiles_transposed(bf16_row(p.k, s.b, hk, s.k_start + lo), p.k.s, p.k.d, n, D,
                           k_.reserve(rows * Dp));
-    pack_tiles(bf16_row(p.v, s.b, hk, s.k_start + lo), p.v.s, p.v.d, n, Dv,
-               v_.reserve(rows * Dvp));
+    pack_tiles(bf16_row(p.v, s.b, hk, s.k_start + lo), p.v.s, p.v.d, n, Dv, v_.reserve(rows * Dvp));
   }
 
   void load_queries(const RowBlock& rb, const Sequence& s) {
@@ -200,8 +206,8 @@ class AmxEngine {
               {k_.data() + (j0 - lo_) * Dp, steps * kTileBytes, kTileBytes}, S, kBN);
   }
 
-  // P takes the first half of its row of S: a row is read ahead of what is written, and the tile stays
-  // in L1.
+  // P takes the first half of its row of S: a row is read ahead of what is written, and the tile
+  // stays in L1.
   Prob* prob_row(float* S, int r) const { return reinterpret_cast<Prob*>(S + r * kBN); }
   static FASTATTN_INLINE void put(Prob* row, vf a, vf b) {
     _mm512_storeu_si512(row, __m512i(_mm512_cvtne2ps_pbh(b, a)));

@@ -18,7 +18,7 @@ struct WorkItem {
   int64_t b, hk, first, last;  // rows of the kv head's group * Sq
   int64_t split, splits;       // which part of the keys
   int64_t cost;
-  float* partial;              // where the state of a split goes
+  float* partial;  // where the state of a split goes
 };
 
 // The running softmax of a block of rows.
@@ -140,8 +140,9 @@ class ForwardWorker {
     }
   }
 
-  // New maxima of all rows before any exponential: W rows are reduced at once, and the reductions of
-  // one group hide behind the loads of the next (row by row they cost as much as the exponentials).
+  // New maxima of all rows before any exponential: W rows are reduced at once, and the reductions
+  // of one group hide behind the loads of the next (row by row they cost as much as the
+  // exponentials).
   FASTATTN_NOINLINE void update_max(const float* S, int64_t n, float c) {
     for (int r0 = 0; r0 < rows_.n; r0 += W) {
       vf top[W];
@@ -175,9 +176,8 @@ class ForwardWorker {
                                typename E::Prob* out) const {
     const vf vc = set1(c), vm = set1(m);
     const float* drop = drop_.data();
-    const auto one = [&](int64_t t) FASTATTN_LAMBDA {
-      return exp2v<E::kExpDegree>((load(x + t) - vm) * vc);
-    };
+    const auto one = [&](int64_t t)
+                         FASTATTN_LAMBDA { return exp2v<E::kExpDegree>((load(x + t) - vm) * vc); };
     vf l0 = l_sum, l1 = {};
     for (int64_t t = 0; t < n; t += 2 * W) {
       vf a = one(t), b = one(t + W);
@@ -310,9 +310,8 @@ void forward(const AttentionParams& p, const Parallel& parallel, bool direct) {
     }
   }
   Queue queue(int64_t(work.size()));
-  const int workers = plan.work <= kSerialWork
-                          ? 1
-                          : int(std::min<int64_t>(parallel.threads, int64_t(work.size())));
+  const int workers =
+      plan.work <= kSerialWork ? 1 : int(std::min<int64_t>(parallel.threads, int64_t(work.size())));
   parallel.workers(workers, [&](int) {
     ForwardWorker<E> worker(prob);
     for (int64_t i; queue.next(&i);) worker.run(work[size_t(i)], direct);

@@ -2,8 +2,9 @@
 //
 //   S = q k^T,  dP = do v^T,  dv += P^T do,  dk += dS^T q,  dq += dS k
 //
-// S and dP are kBM x kBN tiles, row stride kBN; the pass turns them in place into dropout(P) and dS.
-// Accumulators are fp32: dq (rows x Dp), dk and dv in an order of the engine's own, kBN keys a block.
+// S and dP are kBM x kBN tiles, row stride kBN; the pass turns them in place into dropout(P) and
+// dS. Accumulators are fp32: dq (rows x Dp), dk and dv in an order of the engine's own, kBN keys a
+// block.
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -187,14 +188,14 @@ class AmxGradEngine {
  private:
   // Rows padded to whole tiles (a), and transposed as A tiles with rows as k (at).
   void load_operand(const bf16* src, const Operand& x, int64_t n, int64_t cols, Buffer<bf16>& a,
-            Buffer<bf16>& at) {
+                    Buffer<bf16>& at) {
     const int64_t rows = round_up(n, kBM), padded = round_up(cols, 32);
     bf16* to = a.reserve(rows * padded);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < padded; c += 32)
-        _mm512_store_si512(to + r * padded + c,
-                           r < n ? load_row32(src + r * x.s + c * x.d, x.d, cols - c)
-                                 : _mm512_setzero_si512());
+        _mm512_store_si512(
+            to + r * padded + c,
+            r < n ? load_row32(src + r * x.s + c * x.d, x.d, cols - c) : _mm512_setzero_si512());
     bf16* tiles = at.reserve(rows * padded);
     pack_tiles(src, x.s, x.d, n, cols, tiles);
     for (int64_t tile = 0; tile < round_up(n, 32) * padded / 512; ++tile) {

@@ -6,4 +6,3 @@
 #include "attention_isa.h"
 
 #include "target_end.h"
-

@@ -4,9 +4,9 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// exp(x - lse) of one row, the forward's own value to the last bits. fp32 lse alone would not do: its
-// rounding scales the whole row by up to 2^-24 |lse|, and beside a bias of finfo.min it loses log l
-// altogether. lse_lo holds the rest, in log2.
+// exp(x - lse) of one row, the forward's own value to the last bits. fp32 lse alone would not do:
+// its rounding scales the whole row by up to 2^-24 |lse|, and beside a bias of finfo.min it loses
+// log l altogether. lse_lo holds the rest, in log2.
 struct RowProb {
   vf c, lse, lo;
 
@@ -35,8 +35,8 @@ class ProbWorker {
     drop_.reserve(E::kBN);
   }
 
-  // Calls row(h, i, j0, n, w) for every row of [first, last) of a kv head and tile of keys that it may
-  // see; w[0, n) are its weights after dropout. Rows head by head, keys in order.
+  // Calls row(h, i, j0, n, w) for every row of [first, last) of a kv head and tile of keys that it
+  // may see; w[0, n) are its weights after dropout. Rows head by head, keys in order.
   template <class F>
   void visit(int64_t b, int64_t hk, int64_t first, int64_t last, F&& row) {
     const Sequence s = prob_.sequence(b);
@@ -101,14 +101,13 @@ void write_weights(const AttentionParams& p, const Parallel& parallel) {
             for (int64_t i = i0; i < i1; ++i) zero_row(p.dtype, p.Sk, out(hk * prob.group + g, i));
           const int64_t last = std::min(i1, s.Sq);
           if (i0 >= last) continue;
-          worker.visit(b, hk, g * s.Sq + i0, g * s.Sq + last,
-                       [&](int64_t h, int64_t i, int64_t j0, int64_t n, const float* w) FASTATTN_LAMBDA {
-                         if (!mean)
-                           return store_row(p.dtype, w, n, 1.f,
-                                            out(h, i) + j0 * size_of(p.dtype));
-                         float* sum = sums.data() + (i - i0) * p.Sk + j0;
-                         for (int64_t t = 0; t < n; ++t) sum[t] += w[t];
-                       });
+          worker.visit(
+              b, hk, g * s.Sq + i0, g * s.Sq + last,
+              [&](int64_t h, int64_t i, int64_t j0, int64_t n, const float* w) FASTATTN_LAMBDA {
+                if (!mean) return store_row(p.dtype, w, n, 1.f, out(h, i) + j0 * size_of(p.dtype));
+                float* sum = sums.data() + (i - i0) * p.Sk + j0;
+                for (int64_t t = 0; t < n; ++t) sum[t] += w[t];
+              });
         }
       }
       if (mean)

@@ -1,5 +1,5 @@
-// What happens to a tile of logits before the softmax: which keys a row may see, masks, bias, ALiBi,
-// softcap. Shared by forward, backward and weights, so the three cannot disagree.
+// What happens to a tile of logits before the softmax: which keys a row may see, masks, bias,
+// ALiBi, softcap. Shared by forward, backward and weights, so the three cannot disagree.
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -24,9 +24,12 @@ FASTATTN_INLINE void store_row(const float* src, int64_t n, vf factor, T* dst) {
 // n floats times factor to a row of dtype with unit stride.
 inline void store_row(DType dtype, const float* src, int64_t n, float factor, void* dst) {
   switch (dtype) {
-    case DType::kBf16: return store_row(src, n, set1(factor), static_cast<bf16*>(dst));
-    case DType::kF16: return store_row(src, n, set1(factor), static_cast<f16*>(dst));
-    default: return store_row(src, n, set1(factor), static_cast<float*>(dst));
+    case DType::kBf16:
+      return store_row(src, n, set1(factor), static_cast<bf16*>(dst));
+    case DType::kF16:
+      return store_row(src, n, set1(factor), static_cast<f16*>(dst));
+    default:
+      return store_row(src, n, set1(factor), static_cast<float*>(dst));
   }
 }
 
@@ -104,8 +107,8 @@ struct RowBlock {
   int n = 0;
   int64_t h[kMaxRows], i[kMaxRows];
   Interval keys[kMaxRows];
-  int64_t lo = 0, hi = 0;             // union of the rows' keys
-  int64_t full_lo = 0, full_hi = 0;   // intersection
+  int64_t lo = 0, hi = 0;            // union of the rows' keys
+  int64_t full_lo = 0, full_hi = 0;  // intersection
 };
 
 class Problem {
@@ -118,20 +121,25 @@ class Problem {
         inverse_unit_(1. / unit()) {}
 
   const AttentionParams& p;
-  const int64_t group;   // query heads a kv head
-  const bool plain;      // logits are scale * s, so the scale folds into the exponential
+  const int64_t group;  // query heads a kv head
+  const bool plain;     // logits are scale * s, so the scale folds into the exponential
   const Dropout dropout;
 
-  // Tiles hold logits in units of unit(): plain ones are never multiplied by scale. A probability is
-  // exp2((x - m) * multiplier()); subtracting first keeps huge logits and a bias of finfo.min exact.
+  // Tiles hold logits in units of unit(): plain ones are never multiplied by scale. A probability
+  // is exp2((x - m) * multiplier()); subtracting first keeps huge logits and a bias of finfo.min
+  // exact.
   float unit() const { return plain ? p.scale : 1.f; }
   float multiplier() const { return plain ? p.scale * kLog2e : kLog2e; }
   // lse as the backward subtracts it from a tile's logits.
   float in_units(float lse) const { return float(double(lse) * inverse_unit_); }
 
   Sequence sequence(int64_t b) const {
-    Sequence s{b, p.q_len ? p.q_len[b] : p.Sq, p.k_len ? p.k_len[b] : p.Sk,
-               p.q_start ? p.q_start[b] : 0, p.k_start ? p.k_start[b] : 0, 0};
+    Sequence s{b,
+               p.q_len ? p.q_len[b] : p.Sq,
+               p.k_len ? p.k_len[b] : p.Sk,
+               p.q_start ? p.q_start[b] : 0,
+               p.k_start ? p.k_start[b] : 0,
+               0};
     if (p.causal == Causal::kBottomRight) s.shift = s.Sk - s.Sq;
     return s;
   }
@@ -211,13 +219,14 @@ class Problem {
     return !any ? Tile::kSkip : all ? Tile::kFull : Tile::kPartial;
   }
 
-  // Logits of row r, keys [j0, j0 + n), in place: features, then -inf where a key takes no part. n is
-  // padded (n % (2 W) == 0); only the row's own keys are read from mask and bias. dcap: d logits / d
-  // (scale s) of the softcap, where wanted.
+  // Logits of row r, keys [j0, j0 + n), in place: features, then -inf where a key takes no part. n
+  // is padded (n % (2 W) == 0); only the row's own keys are read from mask and bias. dcap: d logits
+  // / d (scale s) of the softcap, where wanted.
   void logits(const RowBlock& rb, int r, const Sequence& s, int64_t j0, int64_t n, Tile tile,
               float* x, float* dcap) const {
     const Interval k = rb.keys[r];
-    const int64_t a = std::clamp<int64_t>(k.lo - j0, 0, n), z = std::clamp<int64_t>(k.hi - j0, a, n);
+    const int64_t a = std::clamp<int64_t>(k.lo - j0, 0, n),
+                  z = std::clamp<int64_t>(k.hi - j0, a, n);
     if (!plain) features(s, rb.h[r], rb.i[r], j0, a, z, n, x, dcap);
     if (tile == Tile::kPartial) {
       const uint8_t* m = mask_row(s.b, rb.h[r], rb.i[r], j0);
@@ -237,10 +246,11 @@ class Problem {
   void features(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t a, int64_t z,
                 int64_t n, float* x, float* dcap) const {
     const vf scale = set1(p.scale);
-    if (p.bias.ptr && p.bias.j == 1 && p.softcap == 0.f && !p.alibi && p.bias.dtype == DType::kF32) {
+    if (p.bias.ptr && p.bias.j == 1 && p.softcap == 0.f && !p.alibi &&
+        p.bias.dtype == DType::kF32) {
       // The common case in one pass.
-      const float* bias = static_cast<const float*>(p.bias.ptr) + s.b * p.bias.b + h * p.bias.h +
-                          i * p.bias.i + j0;
+      const float* bias =
+          static_cast<const float*>(p.bias.ptr) + s.b * p.bias.b + h * p.bias.h + i * p.bias.i + j0;
       int64_t t = a;
       for (; t + W <= z; t += W) store(x + t, fma(load(x + t), scale, load(bias + t)));
       for (; t < z; ++t) x[t] = x[t] * p.scale + bias[t];

@@ -1,8 +1,8 @@
 // fp32 matrix products for tiles that fit the cache: C (+)= A B with a 6-row micro-kernel.
 //
-// Registers: 6 x 4 vectors of C, 4 of B, 1 broadcast of A = 29 of 32 (AVX-512); 6 x 2 + 2 + 1 = 15 of
-// 16 (AVX2). Per k: 6 broadcasts and 4 loads for 24 FMAs, so the FMA ports bound it, not the loads.
-// C stays in registers over K; K is cut into chunks so that a panel of B stays in L1.
+// Registers: 6 x 4 vectors of C, 4 of B, 1 broadcast of A = 29 of 32 (AVX-512); 6 x 2 + 2 + 1 = 15
+// of 16 (AVX2). Per k: 6 broadcasts and 4 loads for 24 FMAs, so the FMA ports bound it, not the
+// loads. C stays in registers over K; K is cut into chunks so that a panel of B stays in L1.
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -89,11 +89,11 @@ void gemm_chunk(bool accumulate, int64_t M, int64_t N, int64_t K, const float* A
 
 inline constexpr int64_t kKc = 96;  // 96 x 64 floats of B = 24 KB: half of L1
 
-// C (M x N, row stride ldc) = or += A B over K. N % W == 0. kARow: elements between rows of a tile of
-// A, a constant so that six rows share one address register.
+// C (M x N, row stride ldc) = or += A B over K. N % W == 0. kARow: elements between rows of a tile
+// of A, a constant so that six rows share one address register.
 template <int kARow, class T>
-void gemm(bool accumulate, int64_t M, int64_t N, int64_t K, const float* A, ALayout a,
-          const T* B, BLayout b, float* C, int64_t ldc) {
+void gemm(bool accumulate, int64_t M, int64_t N, int64_t K, const float* A, ALayout a, const T* B,
+          BLayout b, float* C, int64_t ldc) {
   // Chunks of one size: a remainder just above kKc is split in halves.
   const int64_t chunks = std::max<int64_t>(1, div_up(K, kKc)), step = div_up(K, chunks);
   for (int64_t c = 0; c < chunks; ++c, accumulate = true) {

@@ -1,7 +1,7 @@
 // Philox-4x32-10 (Salmon et al., SC11), the dropout mask of every backend.
 //
-// Key = 64-bit seed; counter = (j >> 2, i, b * H + h, site); word j & 3 decides on key j: dropped iff
-// word < threshold = round(p * 2^32). Recomputed wherever it is needed, never stored.
+// Key = 64-bit seed; counter = (j >> 2, i, b * H + h, site); word j & 3 decides on key j: dropped
+// iff word < threshold = round(p * 2^32). Recomputed wherever it is needed, never stored.
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -19,8 +19,8 @@ struct Dropout {
     keep_scale = float(1.0 / (1.0 - p));
   }
 
-  // out[t] = 0 or keep_scale for key j0 + t, t < n. j0 % 4 == 0; out has room for n rounded up to 32.
-  // Eight counters at a time so that the compiler vectorises the rounds.
+  // out[t] = 0 or keep_scale for key j0 + t, t < n. j0 % 4 == 0; out has room for n rounded up
+  // to 32. Eight counters at a time so that the compiler vectorises the rounds.
   void row(int64_t bh, int64_t i, int64_t j0, int64_t n, float* out) const {
     constexpr int kLanes = 8;
     for (int64_t t = 0; t < n; t += 4 * kLanes) {

@@ -1,6 +1,6 @@
 // Scratch memory that outlives a call: fresh pages cost a fault each (256 a MB), which for a small
-// call is more than its arithmetic. Every thread keeps what its last calls freed, up to kScratchKept,
-// and returns it when it ends.
+// call is more than its arithmetic. Every thread keeps what its last calls freed, up to
+// kScratchKept, and returns it when it ends.
 #pragma once
 
 #include <cstddef>
