@@ -21,7 +21,7 @@ _VIEWS = (
 )  # fmt: skip
 _FLOATS = ("lse_lo", "dlse", "dsinks", "alibi", "sinks")
 _LENGTHS = ("q_len", "k_len", "q_start", "k_start")
-_MODES = ("alibi_b", "causal", "window_left", "window_right", "seed", "weights_mode")
+_MODES = ("alibi_b", "causal", "window_left", "window_right", "seed", "weights_mode", "dbias_once")
 _NUMBERS = ("scale", "softcap", "dropout_p", "dweights_scale")
 RESULTS = ("o", "lse", "weights", "dq", "dk", "dv", "dbias", "dsinks")
 
@@ -78,6 +78,8 @@ def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarr
     out["lse"] = blank(q.shape[1], q.shape[2]) if packed else blank(*q.shape[:3])
     out["weights"] = blank(*(target, (batch, sq, sk))[mode - 1]) if mode else blank(0)
     out |= {f"d{n}": np.zeros_like(case[n]) for n in ("bias", "sinks") if n in case}
+    if case["dbias_once"]:
+        out["dbias"][:] = np.nan
     if packed:  # tokens of no sequence, see the binding
         out["o"][:], out["lse"][:], out["dq"][:], out["dk"][:], out["dv"][:] = 0, -np.inf, 0, 0, 0
     lse_lo = np.zeros_like(out["lse"])

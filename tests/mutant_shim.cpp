@@ -22,7 +22,7 @@ struct MutantCall {
   View dbias;                                 // (b, h, i, j)
   float *lse_lo, *dlse, *dsinks, *alibi, *sinks;
   int64_t *q_len, *k_len, *q_start, *k_start;
-  int64_t alibi_b, causal, window_left, window_right, seed, weights_mode;
+  int64_t alibi_b, causal, window_left, window_right, seed, weights_mode, dbias_once;
   double scale, softcap, dropout_p, dweights_scale;
 };
 
@@ -65,6 +65,7 @@ extern "C" __attribute__((visibility("default"))) int mutant_run(const MutantCal
   g.dbias = static_cast<float*>(c.dbias.ptr), g.dsinks = c.dsinks;
   g.dbias_b = c.dbias.strides[0], g.dbias_h = c.dbias.strides[1];
   g.dbias_i = c.dbias.strides[2], g.dbias_j = c.dbias.strides[3];
+  g.dbias_once = c.dbias_once != 0;
   portable::attention_backward(p, g, parallel);
   return 0;
 }

@@ -84,6 +84,8 @@ MUTATIONS = (
              "if (p_.softcap != 0.f) for (int64_t t = 0; t < n_padded; t += W)"
              " store(y + t, load(y + t) * load(dcap_.data() + t));"
              " if (dbias_) add_bias_grad(s, h, i, j0, n, y);"),
+    Mutation("dbias_half_stored", BWD, "size_t(n) * sizeof(float)",
+             "size_t(n / 2) * sizeof(float)"),
     Mutation("dbias_of_first_entry", BWD, "b < (nb > 1 ? x / nh + 1 : p_.B)",
              "b < (nb > 1 ? x / nh + 1 : 1)"),
     Mutation("dsinks_sign", BWD, "sum -= std::exp2(", "sum += std::exp2("),

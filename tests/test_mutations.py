@@ -80,6 +80,7 @@ CASES: dict[str, tuple[Any, int]] = {
     ),
     "window": (partial(featured, "window", b=1, h=2, sq=60, sk=70, d=8), 1),
     "mask": (partial(featured, "mask", b=2, h=2, sq=21, sk=40, d=8), 1),
+    "bias": (partial(featured, "bias", b=2, h=2, sq=20, sk=230, d=8), 1),
     "bias_per_batch": (
         lambda: padded(b=2, h=2, sq=20, sk=230, d=8, bias=torch.randn(2, 1, 20, 230)),
         1,
@@ -136,6 +137,7 @@ class Case:
         upstream = p.upstream_for(self.right.outputs)
         left, right = given.get("window", (None, None))
         slopes = given.get("alibi_slopes")
+        skips = {"mask", "q_lens", "k_lens", "causal", "window"} & given.keys() or p.cu_seqlens
         found: dict[str, Any] = {n: getattr(p, n) for n in "qkv"}
         found |= {n: given[n] for n in ("mask", "bias", "sinks") if n in given}
         if slopes is not None:
@@ -147,6 +149,7 @@ class Case:
         else:
             found |= {f"{s}_len": given[f"{s}_lens"].long() for s in "qk" if f"{s}_lens" in given}
             sq, sk = p.q.shape[2], p.k.shape[2]
+        target = (p.q.shape[0], p.q.shape[1], sq, sk)
         return found | {
             "batch": len(p.q) if p.cu_seqlens is None else len(p.cu_seqlens[0]) - 1,
             "Sq": sq,
@@ -161,6 +164,7 @@ class Case:
             "window_right": -1 if right is None else right,
             "seed": given.get("seed", 0),
             "weights_mode": (False, True, "mean").index(given.get("return_weights", False)),
+            "dbias_once": not skips and "bias" in given and given["bias"].shape == target,
             "scale": given.get("scale", p.q.shape[-1] ** -0.5),
             "softcap": given.get("softcap", 0.0),
             "dropout_p": given.get("dropout_p", 0.0),

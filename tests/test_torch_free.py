@@ -10,7 +10,14 @@ SOURCES = ("attention_portable.cpp", "scratch.cpp", "isa.cpp")
 
 def test_portable_kernels_in_a_program_of_their_own(tmp_path: Path) -> None:
     program = tmp_path / "portable_check"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w"]
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-w",
+    ]
     sources = [str(ROOT / "tests/portable_check.cpp")]
     sources += [str(ROOT / "csrc/cpu" / name) for name in SOURCES]
     compiler = os.environ.get("CXX", "c++")

@@ -40,7 +40,7 @@ void compute_delta(const Problem& prob, const AttentionGrads& g, const Parallel&
       for (int64_t h = hk * prob.group; h < (hk + 1) * prob.group; ++h) {
         for (int64_t i = i0; i < i1; ++i) {
           float sum = 0.f;
-          // A row with no key has o = 0 and passes no gradient: its do may hold anything.
+          // A row with no key has o = 0 and passes no gradient.
           if (g.d_o.ptr && p.o.ptr && p.lse[at(h, i)] != kNegInf) {
             sum = dot(p.dtype, row_at(g.d_o, p.dtype, b, h, s.q_start + i), g.d_o.d,
                       row_at(p.o, p.dtype, b, h, s.q_start + i), p.Dv);

@@ -328,14 +328,14 @@ torch.library.register_vmap(
 )
 
 
-# ---- the eager path -------------------------------------------------------------------------------
+# ---- the eager path ----------------------------------------------------------------------------
 # register_autograd serves the compilers and direct calls of the op. In eager it costs 0.3 ms a call
 # (it reads the schema back, argument by argument) and does not serve torch.func, so eager calls go
 # through Functions of our own over the same setup and backward.
 
 
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
