@@ -251,6 +251,9 @@ inline void fill_padding(const Problem& prob, int64_t b) {
 // Below this many multiply-adds (about 20 us on one core) waking a thread costs more than it saves.
 inline constexpr int64_t kSerialWork = 1 << 20;
 
+// Every chunk packs its keys and values anew: 6 % of the work of 256 rows, 1.5 % of that of 1024.
+inline constexpr int64_t kChunkRows = 512;
+
 struct Plan {
   std::vector<WorkItem> items;
   int64_t work = 0;  // multiply-adds
@@ -266,7 +269,8 @@ inline Plan plan_rows(const Problem& prob, int threads, int block_rows, bool may
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = prob.sequence(b);
     const int64_t rows = prob.group * s.Sq, blocks = div_up(rows, block_rows);
-    const int64_t step = div_up(blocks, std::min(chunks, std::max<int64_t>(blocks, 1)));
+    int64_t step = div_up(blocks, std::min(chunks, std::max<int64_t>(blocks, 1)));
+    if (units >= threads) step = std::max(step, div_up(kChunkRows, block_rows));
     for (int64_t hk = 0; hk < p.Hk; ++hk) {
       for (int64_t first = 0; first < rows; first += step * block_rows) {
         const int64_t last = std::min(rows, first + step * block_rows);

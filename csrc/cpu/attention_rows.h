@@ -159,9 +159,10 @@ class Problem {
     rb.n = n;
     rb.lo = std::numeric_limits<int64_t>::max(), rb.hi = 0;
     rb.full_lo = 0, rb.full_hi = std::numeric_limits<int64_t>::max();
-    for (int r = 0; r < n; ++r) {
-      rb.h[r] = hk * group + (first + r) / s.Sq;
-      rb.i[r] = (first + r) % s.Sq;
+    int64_t h = hk * group + first / s.Sq, i = first % s.Sq;
+    for (int r = 0; r < n; ++r, ++i) {
+      if (i == s.Sq) ++h, i = 0;
+      rb.h[r] = h, rb.i[r] = i;
       const Interval k = rb.keys[r] = keys(s, rb.i[r]);
       if (k.hi > k.lo) rb.lo = std::min(rb.lo, k.lo);
       rb.hi = std::max(rb.hi, k.hi);
@@ -171,17 +172,16 @@ class Problem {
     rb.lo = std::min(rb.lo, rb.hi);
   }
 
-  // The keys that rows [first, last) may see: both bounds move one way with the row.
+  // The keys that rows [first, last) of a kv head may see. Both bounds move one way with the row,
+  // so the first and the last row with any key decide.
   Interval range(const Sequence& s, int64_t first, int64_t last) const {
-    Interval r{std::numeric_limits<int64_t>::max(), 0};
-    if (last - first >= s.Sq) first = 0, last = s.Sq;
-    for (int64_t x = first; x < last; ++x) {
-      const Interval k = keys(s, x % s.Sq);
-      if (k.hi > k.lo) r.lo = std::min(r.lo, k.lo);
-      r.hi = std::max(r.hi, k.hi);
-    }
-    r.lo = std::min(r.lo, r.hi);
-    return r;
+    if (last <= first) return {0, 0};
+    int64_t i0 = first % s.Sq, i1 = (last - 1) % s.Sq;
+    if (last - first >= s.Sq || i1 < i0) i0 = 0, i1 = s.Sq - 1;  // all rows of some head, or nearly
+    Interval a = keys(s, i0), z = keys(s, i1);
+    while (a.hi == 0 && i0 < i1) a = keys(s, ++i0);
+    while (z.hi == 0 && i1 > i0) z = keys(s, --i1);
+    return {a.lo, z.hi};
   }
 
   // Whether no row sees more than about 2 * limit keys.
