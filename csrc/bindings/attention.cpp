@@ -157,7 +157,10 @@ struct Call {
       FASTATTN_CHECK(a.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
       p.mask = broadcast(*a.mask, limits, "mask");
     }
-    if (a.bias) p.bias = broadcast(*a.bias, limits, "bias");
+    if (a.bias) {
+      p.bias = broadcast(*a.bias, limits, "bias");
+      FASTATTN_CHECK(p.bias.dtype != DType::kBool, "bias must be float32, bfloat16 or float16");
+    }
     if (a.alibi_slopes) {
       const bool two = a.alibi_slopes->dim() == 2;
       FASTATTN_CHECK(a.alibi_slopes->numel() == (two ? p.B : 1) * p.H,
@@ -173,7 +176,8 @@ struct Call {
     p.scale = float(a.scale), p.softcap = float(a.softcap);
     FASTATTN_CHECK(a.causal >= 0 && a.causal <= 2, "causal must be 0, 1 or 2, got ", a.causal);
     p.causal = fastattn::Causal(a.causal);
-    p.window_left = a.window_left, p.window_right = a.window_right;
+    p.window_left = std::min(a.window_left, p.Sq + p.Sk);  // further is no further
+    p.window_right = std::min(a.window_right, p.Sq + p.Sk);
     FASTATTN_CHECK(a.dropout_p >= 0. && a.dropout_p < 1., "dropout_p must be in [0, 1), got ",
                    a.dropout_p);
     p.dropout_p = a.dropout_p;
@@ -190,10 +194,9 @@ struct Call {
   void set_lse(const Tensor& lse, const Tensor& lse_lo) {
     p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
     p.lse_lo = static_cast<float*>(const_cast<void*>(lse_lo.const_data_ptr()));
-    if (packed)
-      p.lse_h = lse.stride(0), p.lse_s = lse.stride(1);
-    else
-      p.lse_b = lse.stride(0), p.lse_h = lse.stride(1), p.lse_s = lse.stride(2);
+    // Contiguous by construction or by check; a size-1 dimension's stride may be anything.
+    const int64_t rows = packed ? lse.size(1) : p.Sq;
+    p.lse_s = 1, p.lse_h = rows, p.lse_b = packed ? 0 : p.H * rows;
   }
 
  private:
@@ -328,10 +331,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
        causal, window_left, window_right, softcap, dropout_p, weights, max_seqlen_q, max_seqlen_k});
   AttentionParams& p = call.p;
   const int64_t rows = (call.packed ? q.size(0) : p.B * p.Sq) * p.H;
-  for (const Tensor* x : {&lse, &lse_lo})
-    FASTATTN_CHECK(x->numel() == rows && x->is_contiguous() &&
-                       x->scalar_type() == ScalarType::Float && x->dim() == (call.packed ? 2 : 3),
+  for (const Tensor* x : {&lse, &lse_lo}) {
+    const bool shape = call.packed ? x->dim() == 2 && x->size(0) == p.H && x->size(1) == q.size(0)
+                                   : x->dim() == 3 && x->size(0) == p.B && x->size(1) == p.H &&
+                                         x->size(2) == q.size(2);
+    FASTATTN_CHECK(shape && x->is_contiguous() && x->scalar_type() == ScalarType::Float,
                    "lse and lse_lo must be the forward's");
+  }
   call.set_lse(lse, lse_lo);
   AttentionGrads g;
   const auto check_rows = [&](const Tensor& x, const char* name) {

@@ -45,7 +45,8 @@ void compute_delta(const Problem& prob, const AttentionGrads& g, const Parallel&
             sum = dot(p.dtype, row_at(g.d_o, p.dtype, b, h, s.q_start + i), g.d_o.d,
                       row_at(p.o, p.dtype, b, h, s.q_start + i), p.Dv);
           }
-          delta[at(h, i)] = sum - (g.dlse ? g.dlse[at(h, i)] : 0.f);
+          const bool none = p.lse[at(h, i)] == kNegInf;
+          delta[at(h, i)] = none ? 0.f : sum - (g.dlse ? g.dlse[at(h, i)] : 0.f);
         }
         if (!worker) continue;
         const Broadcast& w = g.dweights;

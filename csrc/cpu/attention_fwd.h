@@ -203,20 +203,22 @@ class ForwardWorker {
       const double m = state_.m[r], c = prob_.multiplier(), unit = prob_.unit();
       const bool none = state_.m[r] == kNegInf;  // no key: output 0, whatever the sink
       float l = reduce_add(state_.l[r]), factor = 1.f;
-      double lift = 0.;  // log2 of how far the sink stands above m
+      // What the sum stands on, in units of the tile: the row's maximum, or a sink above it. Never
+      // their difference: beside a row of finfo.min it would drown both.
+      double top = m;
       if (p_.sinks && !none) {
-        const double sink = (double(p_.sinks[h]) - m * unit) * kLog2eExact;
-        lift = std::max(0., sink);
+        const double sink = double(p_.sinks[h]) / unit, lift = std::max(0., sink - m) * c;
         factor = std::exp2(float(-lift));
-        l = l * factor + std::exp2(float(sink - lift));
+        l = l * factor + std::exp2(float((sink - m) * c - lift));
+        top = std::max(m, sink);
       }
       if (none) {
         p_.lse[at] = p_.sinks ? p_.sinks[h] : kNegInf, p_.lse_lo[at] = 0.f;
       } else {
-        const double log2_l = lift + double(std::log2(l));
-        const float lse = float(m * unit + log2_l * kLn2Exact);
+        const double log2_l = double(std::log2(l));
+        const float lse = float(top * unit + log2_l * kLn2Exact);
         p_.lse[at] = lse;
-        p_.lse_lo[at] = float(log2_l + (m - double(prob_.in_units(lse))) * c);
+        p_.lse_lo[at] = float(log2_l + (top - double(prob_.in_units(lse))) * c);
       }
       char* o = row_at(p_.o, p_.dtype, s.b, h, i);
       if (none)

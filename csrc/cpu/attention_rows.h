@@ -116,7 +116,8 @@ class Problem {
   explicit Problem(const AttentionParams& params)
       : p(params),
         group(params.H / std::max<int64_t>(params.Hk, 1)),
-        plain(params.scale > 0.f && params.softcap == 0.f && !params.alibi && !params.bias.ptr),
+        plain(params.scale >= std::numeric_limits<float>::min() && params.softcap == 0.f &&
+              !params.alibi && !params.bias.ptr),
         dropout(params.dropout_p, params.seed),
         inverse_unit_(1. / unit()) {}
 

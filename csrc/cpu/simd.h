@@ -256,7 +256,8 @@ FASTATTN_INLINE vf exp2v(vf x) {
 #pragma GCC unroll 8
   for (int i = n - 1; i >= 0; --i) p = fma(p, f, set1(c[i]));
 #if FASTATTN_LEVEL >= 2
-  return _mm512_scalef_ps(p, x);
+  // Below 2^-126: 0. A subnormal weight would slow every product that it enters a hundredfold.
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.f), _CMP_NLT_UQ), p, x);
 #else
   const vf y = vf(vi(p) + (vi(t) << 23));
   return x < low ? vf{} : y;

@@ -197,7 +197,9 @@ def attention_varlen(
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k, v take its dtype (float64 stays); bias and sinks keep theirs."""
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or q.device.type == "meta":
+        return q, k, v
+    if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = (
@@ -230,6 +232,7 @@ def _run(
         check.check_sinks(name, sinks, q, heads)
     check.check_numbers(name, scale, softcap, dropout_p)
     check.check_bool(name, "deterministic", deterministic)
+    check.check_bool(name, "return_lse", return_lse)
     left, right = check.window_limits(name, window)
     causality = check.causal_code(name, causal)
     weights = check.weights_code(name, return_weights)

@@ -7,7 +7,6 @@ always and on another device only under ``fastattn.debug_checks(True)``: a read 
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +16,8 @@ from fastattn._debug import debug_checks_enabled
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTS = (torch.int32, torch.int64)
+_FAR = 2**31  # a window this wide is no window
+_FP32 = torch.finfo(torch.float32)
 
 
 def fail(op: str, message: str, kind: type[Exception] = ValueError) -> NoReturn:
@@ -184,7 +185,9 @@ def window_limits(op: str, window: Any) -> tuple[int, int]:
             fail(op, f"window's {side} side must be an int or None, got {n!r}", TypeError)
         if n is not None and n < 0:
             fail(op, f"window's {side} side must be >= 0 or None (unlimited), got {n}")
-    left, right = (-1 if n is None else n for n in window)
+    left, right = (
+        -1 if n is None else n if isinstance(n, torch.SymInt) else min(n, _FAR) for n in window
+    )
     return left, right
 
 
@@ -201,13 +204,13 @@ def causal_code(op: str, causal: Any) -> int:
 def check_numbers(op: str, scale: Any, softcap: Any, dropout_p: Any) -> None:
     if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
         fail(op, f"scale must be a float or None, got {scale!r}", TypeError)
-    if type(scale) is float and not torch.compiler.is_compiling() and not math.isfinite(scale):
-        fail(op, f"scale must be finite, got {scale}")
+    if type(scale) is float and not torch.compiler.is_compiling() and not abs(scale) <= _FP32.max:
+        fail(op, f"scale must be finite in float32, got {scale}")
     if softcap is not None:
         if not isinstance(softcap, (int, float)):
             fail(op, f"softcap must be a float or None, got {softcap!r}", TypeError)
-        if not (softcap > 0 and math.isfinite(softcap)):
-            fail(op, f"softcap must be > 0 and finite, or None, got {softcap}")
+        if not _FP32.tiny <= softcap <= _FP32.max:
+            fail(op, f"softcap must be > 0 and finite in float32, or None, got {softcap}")
     if not isinstance(dropout_p, (int, float)):
         fail(op, f"dropout_p must be a float, got {dropout_p!r}", TypeError)
     if not 0.0 <= dropout_p < 1.0:

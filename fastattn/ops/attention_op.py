@@ -274,6 +274,16 @@ torch.library.register_autograd(
 )
 
 
+def _vmap_of_none(op: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """A batch of 0: the shapes of one call on zeros."""
+    one = [
+        a if d is None else a.new_zeros([n for i, n in enumerate(a.shape) if i != d % a.dim()])
+        for a, d in zip(args, in_dims, strict=True)
+    ]
+    out = tuple(r.new_empty((0, *r.shape)) for r in op(*one))
+    return out, tuple(0 for _ in out)
+
+
 def _vmap_by_loop(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """Right for every argument; a loop over the mapped dimension."""
     results = []
@@ -302,6 +312,8 @@ def _vmap_batched(n_lead: int, op: Any) -> Any:
     """vmap rule: the first ``n_lead`` arguments are (B, H, ...); they fold if no other is given."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        if info.batch_size == 0:
+            return _vmap_of_none(op, in_dims, args)
         if any(x is not None for x in args[n_lead : n_lead + 9]):  # masks, lengths, sinks, seed
             return _vmap_by_loop(op, info, in_dims, args)
         n = info.batch_size
@@ -372,6 +384,8 @@ def _apply(op: Any, functions: tuple[Any, Any], args: tuple[Any, ...]) -> Any:
     if torch.compiler.is_compiling():
         return op(*args)
     eager, functorch = functions
+    if torch.autograd.forward_ad._current_level >= 0:
+        return eager.apply(*args)  # has no jvp and says so; below autograd a tangent would be lost
     if torch._C._functorch.maybe_current_level() is not None:
         return functorch.apply(*args)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
