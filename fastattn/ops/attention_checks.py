@@ -185,10 +185,8 @@ def window_limits(op: str, window: Any) -> tuple[int, int]:
             fail(op, f"window's {side} side must be an int or None, got {n!r}", TypeError)
         if n is not None and n < 0:
             fail(op, f"window's {side} side must be >= 0 or None (unlimited), got {n}")
-    left, right = (
-        -1 if n is None else n if isinstance(n, torch.SymInt) else min(n, _FAR) for n in window
-    )
-    return left, right
+    limits: list[Any] = [-1 if n is None else min(n, _FAR) for n in window]
+    return limits[0], limits[1]
 
 
 def causal_code(op: str, causal: Any) -> int:
