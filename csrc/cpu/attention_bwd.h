@@ -116,8 +116,8 @@ class BackwardWorker {
     const bool many = item.h1 - item.h0 > 1;  // dk, dv of all keys live through all heads
     const int64_t acc_keys = many ? padded : std::min<int64_t>(padded, E::kBN);
     if (item.dkv) {
-      std::fill_n(dk_acc_.reserve(acc_keys * engine_.Dp), acc_keys * engine_.Dp, 0.f);
-      std::fill_n(dv_acc_.reserve(acc_keys * engine_.Dvp), acc_keys * engine_.Dvp, 0.f);
+      dk_acc_.reserve(acc_keys * engine_.Dp);
+      dv_acc_.reserve(acc_keys * engine_.Dvp);
     }
     if (keys > 0) engine_.load_keys(s, item.hk, item.key0, item.key1);
     for (int64_t h = item.h0; h < item.h1; ++h) {
@@ -132,9 +132,9 @@ class BackwardWorker {
         const int64_t at = many ? j0 - item.key0 : 0;
         float* dk = dk_acc_.data() + at * engine_.Dp;
         float* dv = dv_acc_.data() + at * engine_.Dvp;
-        if (item.dkv && !many) {
-          std::fill_n(dk, E::kBN * engine_.Dp, 0.f);
-          std::fill_n(dv, E::kBN * engine_.Dvp, 0.f);
+        if (item.dkv && h == item.h0) {
+          engine_.clear_keys(dk, n, engine_.Dp);
+          engine_.clear_keys(dv, n, engine_.Dvp);
         }
         for (RowBlock& rb : blocks_) tile(s, rb, h, j0, n, dk, dv);
         if (item.dkv && h + 1 == item.h1) write_keys(s, item.hk, j0, n, dk, dv);

@@ -32,7 +32,8 @@ class FmaEngine {
     const int64_t n = round_up(hi - lo, kAlign);
     k_ = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
     if (!direct_)
-      pack_transposed<kPanel>(p.dtype, k_, p.k.s, p.k.d, hi - lo, D, kt_.reserve(n * D));
+      pack_transposed<kPanel>(p.dtype, k_, p.k.s, p.k.d, hi - lo, D,
+                              kt_.reserve(transposed_size<kPanel>(n, D)));
     const char* v = v_ = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
     v_direct_ = direct_ && p.v.d == 1 && Dv % W == 0;
     if (v_direct_) return;
@@ -45,14 +46,23 @@ class FmaEngine {
   }
 
   void load_queries(const RowBlock& rb, const Sequence& s) {
-    float* q = q_.reserve(round_up(kBM, kMR) * Dp);
-    for (int r = 0; r < rb.n; ++r) {
-      const char* src = row_at(p.q, p.dtype, s.b, rb.h[r], s.q_start + rb.i[r]);
-      float* row = direct_ ? q + r * Dp : row_.reserve(Dp);
-      pack_rows(p.dtype, src, 0, p.q.d, 1, D, Dp, row);
-      if (direct_) continue;
-      float* dst = q + r / kMR * (kMR * D) + r % kMR;
-      for (int64_t d = 0; d < D; ++d) dst[d * kMR] = row[d];
+    if (direct_) {
+      float* q = q_.reserve(kBM * Dp);
+      for (int r = 0; r < rb.n; ++r) pack_rows(p.dtype, row(rb, s, r), 0, p.q.d, 1, D, Dp, q + r * Dp);
+      return;
+    }
+    // Rows of one head lie a stride apart; where heads share keys, their blocks may span two heads.
+    float* q = q_.reserve(transposed_size<kMR>(kBM, D));
+    for (int r = 0; r < rb.n; r += kMR, q += kMR * D) {
+      const int n = std::min(kMR, rb.n - r);
+      if (rb.h[r] == rb.h[r + n - 1]) {
+        pack_transposed<kMR>(p.dtype, row(rb, s, r), p.q.s, p.q.d, n, D, q);
+        continue;
+      }
+      float* rows = row_.reserve(kMR * Dp);
+      for (int x = 0; x < n; ++x)
+        pack_rows(p.dtype, row(rb, s, r + x), 0, p.q.d, 1, D, Dp, rows + x * Dp);
+      pack_transposed<kMR>(rows, Dp, 1, n, D, q);
     }
   }
 
@@ -102,6 +112,10 @@ class FmaEngine {
   }
 
  private:
+  const char* row(const RowBlock& rb, const Sequence& s, int r) const {
+    return row_at(p.q, p.dtype, s.b, rb.h[r], s.q_start + rb.i[r]);
+  }
+
   // A dot product a key and row, K straight from the tensor: bound by reading K. The sums over
   // lanes are taken for W keys at once.
   template <class T>

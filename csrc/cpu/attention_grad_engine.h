@@ -24,24 +24,27 @@ class FmaGradEngine {
 
   void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi) {
     lo_ = lo;
-    const int64_t n = hi - lo, padded = round_up(n, kAlign);
+    const int64_t n = hi - lo;
     const char* k = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
     const char* v = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
-    pack_transposed<kPanel>(p.dtype, k, p.k.s, p.k.d, n, D, kt_.reserve(padded * D));
-    pack_transposed<kPanel>(p.dtype, v, p.v.s, p.v.d, n, Dv, vt_.reserve(padded * Dv));
+    pack_transposed<kPanel>(p.dtype, k, p.k.s, p.k.d, n, D, 
+                            kt_.reserve(transposed_size<kPanel>(n, D)));
+    pack_transposed<kPanel>(p.dtype, v, p.v.s, p.v.d, n, Dv,
+                            vt_.reserve(transposed_size<kPanel>(n, Dv)));
     k_ = natural(k, p.k, n, D, Dp, k_buf_);
   }
 
   // Rows [first, last) of head h; d_o null = no gradient of o.
   void load_rows(const Sequence& s, const Operand& d_o, int64_t h, int64_t first, int64_t last) {
-    const int64_t n = last - first, padded = round_up(n, kMR);
+    const int64_t n = last - first;
     const char* q = row_at(p.q, p.dtype, s.b, h, s.q_start + first);
-    pack_transposed<kMR>(p.dtype, q, p.q.s, p.q.d, n, D, qt_.reserve(padded * D));
+    pack_transposed<kMR>(p.dtype, q, p.q.s, p.q.d, n, D, qt_.reserve(transposed_size<kMR>(n, D)));
     q_ = natural(q, p.q, n, D, Dp, q_buf_);
     has_do_ = d_o.ptr != nullptr;
     if (!has_do_) return;
     const char* g = row_at(d_o, p.dtype, s.b, h, s.q_start + first);
-    pack_transposed<kMR>(p.dtype, g, d_o.s, d_o.d, n, Dv, dot_.reserve(padded * Dv));
+    pack_transposed<kMR>(p.dtype, g, d_o.s, d_o.d, n, Dv,
+                         dot_.reserve(transposed_size<kMR>(n, Dv)));
     do_ = natural(g, d_o, n, Dv, Dvp, do_buf_);
   }
 
@@ -67,6 +70,11 @@ class FmaGradEngine {
   void add_dq(int rows, int64_t j0, int64_t n, int64_t, const float* dS, float* acc) const {
     const float* k = k_.ptr + (j0 - lo_) * k_.stride;
     gemm<kBN>(true, rows, Dp, n, dS, {kMR * kBN, 1}, k, {kPanel, k_.stride}, acc, Dp);
+  }
+
+  // The first n keys of a block of an accumulator.
+  void clear_keys(float* acc, int64_t n, int64_t padded) const {
+    std::fill_n(acc, n * padded, 0.f);
   }
 
   // One block of kBN keys of an accumulator of padded width, to rows of out.
@@ -168,6 +176,9 @@ class AmxGradEngine {
   }
 
   // acc is (padded x kBN): a column a key.
+  void clear_keys(float* acc, int64_t n, int64_t padded) const {
+    for (int64_t d = 0; d < padded; ++d) std::fill_n(acc + d * kBN, round_up(n, 32), 0.f);
+  }
   void write_keys(const float* acc, int64_t n, int64_t width, int64_t, float factor,
                   const Operand& out, int64_t b, int64_t hk, int64_t at) const {
     alignas(64) float row[16];

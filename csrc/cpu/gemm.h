@@ -118,38 +118,67 @@ void pack_rows(const T* src, int64_t stride, int64_t stride_d, int64_t rows, int
   }
 }
 
+// Up to W elements, zero beyond.
+template <class T>
+FASTATTN_INLINE vf load_part(const T* src, int64_t n) {
+  if (n >= W) return load(src);
+  T part[W] = {};
+  std::memcpy(part, src, size_t(n) * sizeof(T));
+  return load(part);
+}
+
+#if FASTATTN_LEVEL >= 2
+// One panel of `here` <= kWidth rows with unit stride. Rows up to the next multiple of 2 W are zero
+// (of kMR: all six). A panel of six is written 16 wide, each column over the end of the one before
+// it: up to 10 floats beyond the panel are touched.
+template <int kWidth, class T>
+FASTATTN_NOINLINE void transpose_panel(const T* src, int64_t stride, int64_t here, int64_t cols,
+                                       float* dst) {
+  constexpr int kGroup = kWidth < W ? kWidth : W;  // rows a transpose
+  const int64_t end = kWidth < W ? kWidth : round_up(here, 2 * W);
+  for (int64_t r = 0; r < end; r += kGroup) {
+    const T* s = src + r * stride;
+    const int64_t rows = here - r;
+    for (int64_t c = 0; c < cols; c += W, s += W) {
+      vf t[16] = {};
+#pragma GCC unroll 16
+      for (int x = 0; x < kGroup; ++x)
+        if (x < rows) t[x] = load_part(s + x * stride, cols - c);
+      transpose16(t);
+      float* to = dst + c * kWidth + r;
+      const int64_t n = std::min<int64_t>(W, cols - c);
+#pragma GCC unroll 16
+      for (int x = 0; x < W; ++x)
+        if (x < n) store(to + x * kWidth, t[x]);
+    }
+  }
+}
+#endif
+
+// Floats that a transposed copy of rows x cols takes.
+template <int kWidth>
+constexpr int64_t transposed_size(int64_t rows, int64_t cols) {
+  return round_up(rows, kWidth) * cols + W;  // W: see transpose_panel
+}
+
 // Rows of T transposed into panels of kWidth rows: dst[(r / kWidth) * cols * kWidth + c * kWidth +
-// r % kWidth]. Rows up to the next multiple of kWidth are zero.
+// r % kWidth]. Rows up to the next multiple of 2 W (panels of kMR: of kMR) are zero.
 template <int kWidth, class T>
 void pack_transposed(const T* src, int64_t stride, int64_t stride_d, int64_t rows, int64_t cols,
                      float* dst) {
   for (int64_t r0 = 0; r0 < rows; r0 += kWidth, dst += cols * kWidth) {
     const int64_t here = std::min<int64_t>(kWidth, rows - r0);
-    int64_t r = 0;
 #if FASTATTN_LEVEL >= 2
-    if (stride_d == 1 && kWidth % W == 0) {
-      for (; r + W <= here; r += W) {
-        const T* s = src + (r0 + r) * stride;
-        int64_t c = 0;
-        for (; c + W <= cols; c += W) {
-          vf t[16];
-#pragma GCC unroll 16
-          for (int x = 0; x < 16; ++x) t[x] = load(s + x * stride + c);
-          transpose16(t);
-#pragma GCC unroll 16
-          for (int x = 0; x < 16; ++x) store(dst + (c + x) * kWidth + r, t[x]);
-        }
-        for (; c < cols; ++c)
-          for (int x = 0; x < W; ++x) dst[c * kWidth + r + x] = to_float(s[x * stride + c]);
-      }
+    if (stride_d == 1) {
+      transpose_panel<kWidth>(src + r0 * stride, stride, here, cols, dst);
+      continue;
     }
 #endif
-    for (; r < here; ++r) {
+    for (int64_t r = 0; r < here; ++r) {
       const T* s = src + (r0 + r) * stride;
       for (int64_t c = 0; c < cols; ++c) dst[c * kWidth + r] = to_float(s[c * stride_d]);
     }
-    for (; r < kWidth; ++r)
-      for (int64_t c = 0; c < cols; ++c) dst[c * kWidth + r] = 0.f;
+    for (int64_t c = 0; c < cols; ++c) std::fill(dst + c * kWidth + here, dst + (c + 1) * kWidth, 0.f);
   }
 }
 
