@@ -142,8 +142,10 @@ FASTATTN_NOINLINE inline void tile_gemm(bool accumulate, int64_t m_tiles, int64_
 // ---- packing ------------------------------------------------------------------------------------
 
 // cols (<= 32) elements of a row as 32 bf16, zero beyond.
-FASTATTN_INLINE __m512i load_row32(const bf16* src, int64_t stride_d, int64_t cols) {
+// ahead: elements to what comes next.
+FASTATTN_INLINE __m512i load_row32(const bf16* src, int64_t stride_d, int64_t cols, int64_t ahead) {
   if (stride_d == 1) {
+    prefetch(src + ahead);
     if (cols >= 32) return _mm512_loadu_si512(src);
     return _mm512_maskz_loadu_epi16((1u << cols) - 1u, src);
   }
@@ -161,7 +163,7 @@ inline void pack_tiles_transposed(const bf16* src, int64_t stride, int64_t strid
       vf t[16];
       for (int x = 0; x < 16; ++x)
         t[x] = r + x < rows ? _mm512_castsi512_ps(load_row32(src + (r + x) * stride + c * stride_d,
-                                                             stride_d, cols - c))
+                                                             stride_d, cols - c, 16 * stride))
                             : vf{};
       transpose16(t);
       for (int x = 0; x < 16; ++x) _mm512_store_ps(reinterpret_cast<float*>(dst) + 16 * x, t[x]);
@@ -188,8 +190,8 @@ inline void pack_tiles(const bf16* src, int64_t stride, int64_t stride_d, int64_
       for (int64_t x = 0; x < 32; x += 2) {
         const bf16* s = src + (r + x) * stride + c * stride_d;
         const __m512i zero = _mm512_setzero_si512();
-        const __m512i r0 = r + x < rows ? load_row32(s, stride_d, cols - c) : zero;
-        const __m512i r1 = r + x + 1 < rows ? load_row32(s + stride, stride_d, cols - c) : zero;
+        const __m512i r0 = r + x < rows ? load_row32(s, stride_d, cols - c, 16 * stride) : zero;
+        const __m512i r1 = r + x + 1 < rows ? load_row32(s + stride, stride_d, cols - c, 16 * stride) : zero;
         __m512i lo, hi;
         interleave(r0, r1, &lo, &hi);
         _mm512_store_si512(dst + x * 16, lo);

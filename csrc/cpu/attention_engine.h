@@ -210,7 +210,7 @@ class AmxEngine {
     for (int r = 0; r < rb.n; ++r) {
       const bf16* src = bf16_row(p.q, s.b, rb.h[r], s.q_start + rb.i[r]);
       for (int64_t d = 0; d < D; d += 32)
-        _mm512_store_si512(q_.data() + r * Dp + d, load_row32(src + d * p.q.d, p.q.d, D - d));
+        _mm512_store_si512(q_.data() + r * Dp + d, load_row32(src + d * p.q.d, p.q.d, D - d, kBM * p.q.s));
     }
   }
 

@@ -108,7 +108,11 @@ class ForwardWorker {
       const int64_t n = std::min<int64_t>(E::kBN, hi - j0);
       const auto tile = prob_.mask_tile(rows_, s, j0, n);
       if (tile == Problem::Tile::kSkip) continue;
-      if (!started) engine_.load_queries(rows_, s);
+      if (!started) {
+        engine_.load_queries(rows_, s);
+        for (int r = 0; r < rows_.n; ++r)
+          prefetch_to_write(row_at(p_.o, p_.dtype, s.b, rows_.h[r], s.q_start + rows_.i[r]));
+      }
       const int64_t n_padded = round_up(n, E::kPad);
       engine_.scores(rows_, j0, n, n_padded, S);
       const bool whole = prob_.plain && tile == Problem::Tile::kFull && j0 >= rows_.full_lo &&

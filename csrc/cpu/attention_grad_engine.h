@@ -206,7 +206,7 @@ class AmxGradEngine {
       for (int64_t c = 0; c < padded; c += 32)
         _mm512_store_si512(
             to + r * padded + c,
-            r < n ? load_row32(src + r * x.s + c * x.d, x.d, cols - c) : _mm512_setzero_si512());
+            r < n ? load_row32(src + r * x.s + c * x.d, x.d, cols - c, 16 * x.s) : _mm512_setzero_si512());
     bf16* tiles = at.reserve(rows * padded);
     pack_tiles(src, x.s, x.d, n, cols, tiles);
     for (int64_t tile = 0; tile < round_up(n, 32) * padded / 512; ++tile) {

@@ -143,7 +143,10 @@ FASTATTN_NOINLINE void transpose_panel(const T* src, int64_t stride, int64_t her
       vf t[16] = {};
 #pragma GCC unroll 16
       for (int x = 0; x < kGroup; ++x)
-        if (x < rows) t[x] = load_part(s + x * stride, cols - c);
+        if (x < rows) {
+          t[x] = load_part(s + x * stride, cols - c);
+          prefetch(s + (x + kGroup) * stride);
+        }
       transpose16(t);
       float* to = dst + c * kWidth + r;
       const int64_t n = std::min<int64_t>(W, cols - c);
