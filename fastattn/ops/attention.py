@@ -230,13 +230,16 @@ def _run(
         check.check_alibi(name, alibi_slopes, q, batch, heads)
     if sinks is not None:
         check.check_sinks(name, sinks, q, heads)
-    check.check_numbers(name, scale, softcap, dropout_p)
+    # Defaults need no check, and a small call takes as long as its checks.
+    if scale is not None or softcap is not None or dropout_p != 0.0:
+        check.check_numbers(name, scale, softcap, dropout_p)
     check.check_bool(name, "deterministic", deterministic)
     check.check_bool(name, "return_lse", return_lse)
-    left, right = check.window_limits(name, window)
-    causality = check.causal_code(name, causal)
-    weights = check.weights_code(name, return_weights)
-    seed = check.seed_tensor(name, seed, dropout_p, q)
+    left, right = (-1, -1) if window is None else check.window_limits(name, window)
+    causality = 0 if causal is False else check.causal_code(name, causal)
+    weights = 0 if return_weights is False else check.weights_code(name, return_weights)
+    if seed is not None or dropout_p:
+        seed = check.seed_tensor(name, seed, dropout_p, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = select(name, backend, q.device.type, q.dtype)
     if chosen != "reference" and bias is not None and bias.dtype == torch.float64:
@@ -258,7 +261,7 @@ def _run(
         o, lse, *rest = found
         w = rest[0] if rest else None
     else:
-        o, lse, _, w = op.forward(q, k, v, *shared)
+        o, lse, w = op.forward(q, k, v, *shared)
     if return_lse:
         return (o, lse, w) if weights else (o, lse)
     return (o, w) if weights else o

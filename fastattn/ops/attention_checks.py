@@ -29,6 +29,28 @@ def _shape(x: Tensor) -> tuple[int, ...]:
 
 
 def check_qkv(op: str, q: Any, k: Any, v: Any, dims: int, layout: str) -> None:
+    if not _plainly_right(q, k, v, dims):
+        _explain_qkv(op, q, k, v, dims, layout)
+
+
+def _plainly_right(q: Any, k: Any, v: Any, dims: int) -> bool:
+    """The common call in few steps (a small call takes as long as its checks): one shape for k and
+    v, one head count or a multiple. What is unusual goes through every check by name."""
+    if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
+        return False
+    dtype, device, shape, k_shape = q.dtype, q.device, q.shape, k.shape
+    if dtype not in _FLOATS or k.dtype is not dtype or v.dtype is not dtype:
+        return False
+    if k.device != device or v.device != device or v.shape != k_shape:
+        return False
+    if len(shape) != dims or len(k_shape) != dims or k_shape[-1] != shape[-1] or not shape[-1]:
+        return False
+    if dims == 4 and k_shape[0] != shape[0]:
+        return False
+    return k_shape[1] != 0 and shape[1] % k_shape[1] == 0
+
+
+def _explain_qkv(op: str, q: Any, k: Any, v: Any, dims: int, layout: str) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             fail(op, f"{name} must be a Tensor, got {type(x).__name__}", TypeError)
@@ -49,8 +71,7 @@ def check_qkv(op: str, q: Any, k: Any, v: Any, dims: int, layout: str) -> None:
         fail(op, f"k must have head_dim {q.shape[-1]} to match q, got {k.shape[-1]}")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         fail(op, f"head_dim must be at least 1, got q {_shape(q)} and v {_shape(v)}")
-    heads = 1 if dims == 4 else -2
-    hq, hk, hv = q.shape[heads], k.shape[heads], v.shape[heads]
+    hq, hk, hv = q.shape[1], k.shape[1], v.shape[1]  # (B, H, S, D) and (T, H, D)
     if hk != hv:
         fail(op, f"v must have k's {hk} heads, got {hv}")
     if hq != hk and (hk == 0 or hq % hk):

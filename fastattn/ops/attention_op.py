@@ -148,47 +148,51 @@ class Shared:
 
 
 # Positions of the differentiable arguments of attention_fwd.
-_POS_BIAS, _POS_SINKS = 3 + 1, 3 + 7
+_BIAS, _SINKS = 1, 7  # positions among the shared arguments
+_DIFFERENTIABLE = (0, 1, 2, 3 + _BIAS, 3 + _SINKS)
+_NEED_BITS = (NEED_DQ, NEED_DK, NEED_DV, NEED_DBIAS, NEED_DSINKS)
 _NUMBER_WEIGHTS = 6  # position of `weights` behind the tensors
 
 
-def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _remember(ctx: Any, needs: tuple[bool, ...], inputs: tuple[Any, ...], output: Any) -> None:
+    """What the backward needs of q, k, v, *shared and the outputs; needs: q, k, v, bias, sinks."""
     q, k, v, *shared = inputs
-    needs = ctx.needs_input_grad
-    need = (
-        NEED_DQ * needs[0]
-        | NEED_DK * needs[1]
-        | NEED_DV * needs[2]
-        | NEED_DBIAS * needs[_POS_BIAS]
-        | NEED_DSINKS * needs[_POS_SINKS]
-    )
-    ctx.need, ctx.numbers = need, shared[9:]
     o, lse, lse_lo, _ = output
-    ctx.mark_non_differentiable(lse_lo)
+    dq, dk, dv, dbias, dsinks = needs
+    ctx.need = need = dq | dk << 1 | dv << 2 | dbias << 3 | dsinks << 4
+    ctx.numbers = shared[9:]
     ctx.set_materialize_grads(False)
     # dv = P^T do needs neither o nor delta.
     ctx.save_for_backward(q, k, v, o if need & ~NEED_DV else None, lse, lse_lo, *shared[:9])
+
+
+def _gradients(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, dweights: Tensor | None
+) -> list[Tensor | None]:
+    """Of q, k, v, bias and sinks."""
+    if do is None and dlse is None and dweights is None:
+        return [None] * len(_NEED_BITS)
+    if ctx.numbers[_NUMBER_WEIGHTS] == WEIGHTS_NONE:
+        dweights = None
+    q, k, v, o, lse, lse_lo, *tensors = ctx.saved_tensors
+    if do is None:
+        o = None
+    need = ctx.need
+    grads = _backward(do, dlse, dweights, q, k, v, o, lse, lse_lo, *tensors, *ctx.numbers, need)
+    return [g if need & bit else None for g, bit in zip(grads, _NEED_BITS, strict=True)]
+
+
+def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    _remember(ctx, tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE), inputs, output)
 
 
 def _fwd_backward(
     ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any, dweights: Tensor | None
 ) -> tuple[Any, ...]:
     grads: list[Any] = [None] * (3 + _N_SHARED)
-    if do is None and dlse is None and dweights is None:
-        return tuple(grads)
-    if ctx.numbers[_NUMBER_WEIGHTS] == WEIGHTS_NONE:
-        dweights = None
-    q, k, v, o, lse, lse_lo, *tensors = ctx.saved_tensors
-    if do is None:
-        o = None
-    results = _backward(
-        do, dlse, dweights, q, k, v, o, lse, lse_lo, *tensors, *ctx.numbers, ctx.need
-    )
-    for pos, grad, bit in zip(
-        (0, 1, 2, _POS_BIAS, _POS_SINKS), results, (1, 2, 4, 8, 16), strict=True
-    ):
-        if ctx.need & bit:
-            grads[pos] = grad
+    for i, grad in zip(_DIFFERENTIABLE, _gradients(ctx, do, dlse, dweights), strict=True):
+        grads[i] = grad
     return tuple(grads)
 
 
@@ -351,8 +355,13 @@ def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
         return op(*args)
 
 
-def _functions(name: str, op: Any, setup: Any, backward: Any, n_lead: int) -> tuple[Any, Any]:
-    """The op as an autograd Function: for eager, and for ``torch.func``.
+def _make_function(name: str, **methods: Any) -> Any:
+    static = {k: staticmethod(f) for k, f in methods.items()}
+    return type(name, (torch.autograd.Function,), static)
+
+
+def _flat_functions(name: str, op: Any, setup: Any, backward: Any, n_lead: int) -> tuple[Any, Any]:
+    """The op as an autograd Function over its own arguments: for eager, and for ``torch.func``.
 
     ``torch.func`` wants ``setup_context`` apart and a vmap rule; that form binds the signature anew
     at every call (25 us), so eager has one of its own.
@@ -366,43 +375,73 @@ def _functions(name: str, op: Any, setup: Any, backward: Any, n_lead: int) -> tu
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _vmap_batched(n_lead, functorch.apply)(info, in_dims, *args)
 
-    def make(suffix: str, **methods: Any) -> Any:
-        static = {k: staticmethod(f) for k, f in methods.items()}
-        return type(name + suffix, (torch.autograd.Function,), static)
-
-    functorch = make(
-        "Functorch",
+    functorch = _make_function(
+        name + "Functorch",
         forward=lambda *args: _below_autograd(op, args),
         setup_context=lambda ctx, inputs, output: setup(ctx, inputs, output),
         backward=backward,
         vmap=rule,
     )
-    return make("", forward=eager_forward, backward=backward), functorch
+    return _make_function(name, forward=eager_forward, backward=backward), functorch
 
 
-def _apply(op: Any, functions: tuple[Any, Any], args: tuple[Any, ...]) -> Any:
-    if torch.compiler.is_compiling():
-        return op(*args)
-    eager, functorch = functions
-    if torch.autograd.forward_ad._current_level >= 0:
-        return eager.apply(*args)  # has no jvp and says so; below autograd a tangent would be lost
-    if torch._C._functorch.maybe_current_level() is not None:
-        return functorch.apply(*args)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return eager.apply(*args)
-    return _below_autograd(op, args)
+def _slim_forward(ctx: Any, *args: Any) -> Any:
+    # args: q, k, v, bias, sinks, all of shared in one tuple. Each further argument or result of a
+    # Function costs a call about a microsecond, forward and backward.
+    inputs = (*args[:3], *args[5])
+    o, lse, lse_lo, w = output = _below_autograd(_fwd_op, inputs)
+    _remember(ctx, ctx.needs_input_grad[:5], inputs, output)
+    return (o, lse, w) if inputs[3 + 9 + _NUMBER_WEIGHTS] else (o, lse)
+
+
+def _slim_backward(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, dweights: Tensor | None = None
+) -> tuple[Any, ...]:
+    return (*_gradients(ctx, do, dlse, dweights), None)
 
 
 _fwd_op = torch.ops.fastattn.attention_fwd.default
 _bwd_op = torch.ops.fastattn.attention_bwd.default
-_FWD = _functions("_Forward", _fwd_op, _fwd_setup, _fwd_backward, 3)
-_BWD = _functions("_Backward", _bwd_op, _bwd_setup, _bwd_backward, 9)
+_SlimForward = _make_function("_Forward", forward=_slim_forward, backward=_slim_backward)
+_, _ForwardFunctorch = _flat_functions("_Forward", _fwd_op, _fwd_setup, _fwd_backward, 3)
+_Backward, _BackwardFunctorch = _flat_functions("_Backward", _bwd_op, _bwd_setup, _bwd_backward, 9)
 
 
-def forward(*args: Any) -> Any:
-    """``attention_fwd`` with autograd."""
-    return _apply(_fwd_op, _FWD, args)
+def _functorch_active() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``attention_fwd`` with autograd: o, lse and, where asked for, the weights."""
+    if torch.compiler.is_compiling():
+        o, lse, _, w = _fwd_op(q, k, v, *shared)
+        return o, lse, w
+    bias, sinks = shared[_BIAS], shared[_SINKS]
+    # Forward-mode AD has no rule here, and an autograd Function says so; below autograd a tangent
+    # would be lost.
+    if torch.autograd.forward_ad._current_level < 0:
+        if _functorch_active():
+            o, lse, _, w = _ForwardFunctorch.apply(q, k, v, *shared)
+            return o, lse, w
+        if not torch.is_grad_enabled() or not (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (sinks is not None and sinks.requires_grad)
+        ):
+            o, lse, _, w = _below_autograd(_fwd_op, (q, k, v, *shared))
+            return o, lse, w
+    o, lse, *weights = _SlimForward.apply(q, k, v, bias, sinks, shared)
+    return o, lse, weights[0] if weights else None
 
 
 def _backward(*args: Any) -> Any:
-    return _apply(_bwd_op, _BWD, args)
+    if torch.compiler.is_compiling():
+        return _bwd_op(*args)
+    if torch.autograd.forward_ad._current_level < 0:
+        if _functorch_active():
+            return _BackwardFunctorch.apply(*args)
+        if not torch.is_grad_enabled():
+            return _below_autograd(_bwd_op, args)
+    return _Backward.apply(*args)
