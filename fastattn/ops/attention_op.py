@@ -389,7 +389,7 @@ def _slim_forward(ctx: Any, *args: Any) -> Any:
     # args: q, k, v, bias, sinks, all of shared in one tuple. Each further argument or result of a
     # Function costs a call about a microsecond, forward and backward.
     inputs = (*args[:3], *args[5])
-    o, lse, lse_lo, w = output = _below_autograd(_fwd_op, inputs)
+    o, lse, _, w = output = _below_autograd(_fwd_op, inputs)
     _remember(ctx, ctx.needs_input_grad[:5], inputs, output)
     return (o, lse, w) if inputs[3 + 9 + _NUMBER_WEIGHTS] else (o, lse)
 
