@@ -18,7 +18,8 @@ class Mutation:
 
 FWD, BWD = "attention_fwd.h", "attention_bwd.h"
 ROWS, PROBS, ENGINE = "attention_rows.h", "attention_probs.h", "attention_engine.h"
-GRAD_ENGINE, GEMM, PHILOX, SIMD = "attention_grad_engine.h", "gemm.h", "philox.h", "simd.h"
+GRAD_ENGINE, PLAN = "attention_grad_engine.h", "attention_grad_plan.h"
+GEMM, PHILOX, SIMD = "gemm.h", "philox.h", "simd.h"
 
 MUTATIONS = (
     # ---- online softmax
@@ -77,7 +78,7 @@ MUTATIONS = (
              "prob_.dropout.row(s.b * p_.H, i"),
     Mutation("dk_not_scaled", BWD, "engine_.Dp, p_.scale, g_.dk", "engine_.Dp, 1.f, g_.dk"),
     Mutation("dq_not_scaled", BWD, "p_.D, p_.scale, to", "p_.D, 1.f, to"),
-    Mutation("dk_not_cleared", BWD, "std::fill_n(dk, E::kBN * engine_.Dp, 0.f)", "(void)0"),
+    Mutation("dk_not_cleared", BWD, "engine_.clear_keys(dk, n, engine_.Dp)", "(void)0"),
     Mutation("dbias_batch_stride", BWD, "s.b * g_.dbias_b", "0 * g_.dbias_b"),
     Mutation("dbias_after_softcap", BWD, "if (dbias_) add_bias_grad(s, h, i, j0, n, y);"
              " if (p_.softcap != 0.f) for (int64_t t = 0; t < n_padded; t += W)"
@@ -87,7 +88,11 @@ MUTATIONS = (
              " if (dbias_) add_bias_grad(s, h, i, j0, n, y);"),
     Mutation("dbias_half_stored", BWD, "size_t(n) * sizeof(float)",
              "size_t(n / 2) * sizeof(float)"),
-    Mutation("dbias_of_first_entry", BWD, "b < (nb > 1 ? x / nh + 1 : p_.B)",
+    Mutation("dbias_part_dropped", BWD, "part + 1 < plan.parts", "part + 2 < plan.parts"),
+    Mutation("dbias_slice_of_all_heads", PLAN, "nh > 1 ? x % nh : y % p_.Hk", "y % p_.Hk"),
+    Mutation("dbias_part_loses_a_head", PLAN, "sharers * (part + 1) / parts",
+             "sharers * (part + 1) / parts - part"),
+    Mutation("dbias_of_first_entry", PLAN, "b < (nb > 1 ? x / nh + 1 : p_.B)",
              "b < (nb > 1 ? x / nh + 1 : 1)"),
     Mutation("dsinks_sign", BWD, "sum -= std::exp2(", "sum += std::exp2("),
     Mutation("padding_grads_not_zeroed", BWD, "zero(g.dk, b, p.Hk, s.Sk, p.Sk, p.D);", ""),

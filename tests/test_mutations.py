@@ -115,6 +115,14 @@ CASES: dict[str, tuple[Any, int]] = {
     "all": (partial(featured, "all", b=2, h=4, hk=2, sq=30, sk=41, d=8), 1),
     "decode": (partial(padded, b=2, h=4, hk=2, sq=1, sk=75, d=22), 1),
     "split_keys": (partial(padded, b=1, h=1, sq=12, sk=1024, d=64), 8),
+    "bias_in_parts": (
+        lambda: padded(b=1, h=6, sq=40, sk=230, d=8, bias=torch.randn(40, 230)),
+        3,
+    ),
+    "bias_in_slices": (
+        lambda: padded(b=3, h=2, sq=40, sk=230, d=8, bias=torch.randn(1, 2, 40, 230)),
+        2,
+    ),
     "two_passes": (
         lambda: padded(b=2, h=2, hk=1, sq=130, sk=230, d=16, bias=torch.randn(130, 230)),
         8,

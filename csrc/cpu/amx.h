@@ -191,7 +191,8 @@ inline void pack_tiles(const bf16* src, int64_t stride, int64_t stride_d, int64_
         const bf16* s = src + (r + x) * stride + c * stride_d;
         const __m512i zero = _mm512_setzero_si512();
         const __m512i r0 = r + x < rows ? load_row32(s, stride_d, cols - c, 16 * stride) : zero;
-        const __m512i r1 = r + x + 1 < rows ? load_row32(s + stride, stride_d, cols - c, 16 * stride) : zero;
+        const __m512i r1 =
+            r + x + 1 < rows ? load_row32(s + stride, stride_d, cols - c, 16 * stride) : zero;
         __m512i lo, hi;
         interleave(r0, r1, &lo, &hi);
         _mm512_store_si512(dst + x * 16, lo);

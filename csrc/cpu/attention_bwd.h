@@ -5,10 +5,8 @@
 //   dP = dropout(do v^T + dweights);  dS = P * (dP - delta)
 //   dbias += dS;  dq += scale dS k;  dk += scale dS^T q;  dsinks -= sum exp(sink - lse) delta
 //
-// Five products where one item owns a kv head; with fewer heads than threads two passes (dk and dv
-// by keys, dq by rows: seven products) instead of partial sums. Every sum has one owner and a fixed
-// order: the result is bitwise repeatable, without atomics. dbias gets a pass of its own only where
-// a bias is shared by items that run at the same time.
+// Every sum has one owner and a fixed order: the result is bitwise repeatable, without atomics (how
+// the work is cut: attention_grad_plan.h).
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -90,19 +88,19 @@ inline void compute_dsinks(const Problem& prob, const float* delta, float* dsink
 
 // ---- the passes ---------------------------------------------------------------------------------
 
-// What one item computes: rows [row0, row1) of heads [h0, h1) of a kv head against keys [key0,
-// key1).
-struct GradItem {
-  int64_t b, hk, h0, h1, row0, row1, key0, key1;
-  bool dq, dkv, dbias;
-  int64_t cost;
-};
-
 template <class E>
 class BackwardWorker {
  public:
-  BackwardWorker(const Problem& problem, const AttentionGrads& grads, const float* delta)
-      : prob_(problem), p_(problem.p), g_(grads), delta_(delta), engine_(problem.p) {
+  // parts: the further sums of dbias, part_size floats each.
+  BackwardWorker(const Problem& problem, const AttentionGrads& grads, const float* delta,
+                 float* parts, int64_t part_size)
+      : prob_(problem),
+        p_(problem.p),
+        g_(grads),
+        delta_(delta),
+        parts_(parts),
+        part_size_(part_size),
+        engine_(problem.p) {
     s_.reserve(E::kBM * E::kBN), dp_.reserve(E::kBM * E::kBN);
     drop_.reserve(E::kBN), dcap_.reserve(E::kBN);
   }
@@ -111,7 +109,7 @@ class BackwardWorker {
     const Sequence s = prob_.sequence(item.b);
     dq_ = item.dq && g_.dq.ptr, dk_ = item.dkv && g_.dk.ptr;
     dv_ = item.dkv && g_.dv.ptr && g_.d_o.ptr;
-    dbias_ = item.dbias;
+    dbias_ = !item.dbias ? nullptr : item.part ? parts_ + (item.part - 1) * part_size_ : g_.dbias;
     const int64_t keys = item.key1 - item.key0, padded = round_up(keys, E::kBN);
     const bool many = item.h1 - item.h0 > 1;  // dk, dv of all keys live through all heads
     const int64_t acc_keys = many ? padded : std::min<int64_t>(padded, E::kBN);
@@ -219,11 +217,13 @@ class BackwardWorker {
 
   void add_bias_grad(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t n,
                      const float* ds) {
-    float* to = g_.dbias + s.b * g_.dbias_b + h * g_.dbias_h + i * g_.dbias_i + j0 * g_.dbias_j;
+    float* to = dbias_ + s.b * g_.dbias_b + h * g_.dbias_h + i * g_.dbias_i + j0 * g_.dbias_j;
     if (g_.dbias_once) {
       std::memcpy(to, ds, size_t(n) * sizeof(float));
     } else if (g_.dbias_j) {
-      for (int64_t t = 0; t < n; ++t) to[t] += ds[t];
+      int64_t t = 0;
+      for (; t + W <= n; t += W) store(to + t, load(to + t) + load(ds + t));
+      for (; t < n; ++t) to[t] += ds[t];
     } else {
       float sum = 0.f;
       for (int64_t t = 0; t < n; ++t) sum += ds[t];
@@ -252,8 +252,11 @@ class BackwardWorker {
   const AttentionParams& p_;
   const AttentionGrads& g_;
   const float* delta_;
+  float* const parts_;
+  const int64_t part_size_;
   E engine_;
-  bool dq_ = false, dk_ = false, dv_ = false, dbias_ = false;
+  bool dq_ = false, dk_ = false, dv_ = false;
+  float* dbias_ = nullptr;  // the sum that the item adds to
   int64_t row0_ = 0, row1_ = 0;
   std::vector<RowBlock> blocks_;
   Buffer<float> s_, dp_, drop_, dcap_, dq_acc_, dk_acc_, dv_acc_;
@@ -277,110 +280,16 @@ inline void fill_padding_grads(const Problem& prob, const AttentionGrads& g) {
   }
 }
 
-class GradPlan {
- public:
-  GradPlan(const Problem& prob, const AttentionGrads& g, int threads, int kBM, int kBN)
-      : prob_(prob), p_(prob.p), g_(g), bm_(kBM), bn_(kBN) {
-    const int64_t units = p_.B * p_.Hk;
-    for (int64_t b = 0; b < p_.B; ++b) {
-      const Sequence s = prob.sequence(b);
-      work_ += p_.H * s.Sq * s.Sk * (3 * p_.D + 2 * p_.Dv);
-    }
-    workers = work_ <= kSerialWork ? 1 : threads;
-    // One pass unless its imbalance costs more than two passes do (7 products for 5).
-    const bool one_pass = workers == 1 || div_up(units, workers) * workers * 5 <= units * 7;
-    const bool want_dkv = g.dk.ptr || g.dv.ptr, want_dq = g.dq.ptr != nullptr;
-    const bool own_b = g.dbias_b || p_.B == 1, own_h = g.dbias_h || p_.H == 1;
-    if (one_pass) {
-      const bool fuse = g.dbias && own_b && (own_h || p_.Hk == 1);
-      if (want_dkv || want_dq || fuse) whole_heads(want_dq, want_dkv, fuse);
-      separate_bias = g.dbias && !fuse;
-    } else {
-      const bool fuse = want_dq && g.dbias && own_b && own_h && g.dbias_i;
-      if (want_dkv) by_keys(chunk(p_.Sk, bn_, workers, units));
-      if (want_dq) by_rows(chunk(p_.Sq, bm_, workers, p_.B * p_.H), fuse);
-      separate_bias = g.dbias && !fuse;
-    }
-    sort(items);
-    if (separate_bias) bias_groups(workers);
-  }
-
-  int workers = 1;
-  bool separate_bias = false;
-  std::vector<GradItem> items;
-  std::vector<std::vector<GradItem>> bias;  // each group runs in order on one worker
-
- private:
-  static int64_t chunk(int64_t n, int64_t block, int threads, int64_t units) {
-    const int64_t parts = div_up(4 * threads, std::max<int64_t>(units, 1));
-    return round_up(div_up(std::max<int64_t>(n, 1), parts), block);
-  }
-  static void sort(std::vector<GradItem>& v) {
-    std::stable_sort(v.begin(), v.end(),
-                     [](const GradItem& a, const GradItem& b) { return a.cost > b.cost; });
-  }
-  void whole_heads(bool dq, bool dkv, bool dbias) {
-    for (int64_t b = 0; b < p_.B; ++b) {
-      const Sequence s = prob_.sequence(b);
-      for (int64_t hk = 0; hk < p_.Hk; ++hk)
-        items.push_back({b, hk, hk * prob_.group, (hk + 1) * prob_.group, 0, s.Sq, 0, s.Sk, dq, dkv,
-                         dbias, s.Sq * s.Sk});
-    }
-  }
-  void by_keys(int64_t step) {
-    for (int64_t b = 0; b < p_.B; ++b) {
-      const Sequence s = prob_.sequence(b);
-      for (int64_t hk = 0; hk < p_.Hk; ++hk)
-        for (int64_t k = 0; k < s.Sk; k += step)
-          items.push_back({b, hk, hk * prob_.group, (hk + 1) * prob_.group, 0, s.Sq, k,
-                           std::min(s.Sk, k + step), false, true, false, s.Sq * step});
-    }
-  }
-  void by_rows(int64_t step, bool dbias) {
-    for (int64_t b = 0; b < p_.B; ++b) {
-      const Sequence s = prob_.sequence(b);
-      for (int64_t h = 0; h < p_.H; ++h)
-        for (int64_t i = 0; i < s.Sq; i += step)
-          items.push_back(rows_item(s, h, i, std::min(s.Sq, i + step), true, dbias));
-    }
-  }
-  GradItem rows_item(const Sequence& s, int64_t h, int64_t i0, int64_t i1, bool dq, bool dbias) {
-    const Interval r = prob_.range(s, i0, i1);
-    const int64_t lo = r.lo / bn_ * bn_;
-    return {s.b, h / prob_.group,    h,  h + 1, i0,    i1,
-            lo,  std::max(lo, r.hi), dq, false, dbias, (i1 - i0) * (r.hi - lo)};
-  }
-  // All (b, h) that share a slice of the bias, in order; a chunk of rows or of keys a group.
-  void bias_groups(int threads) {
-    const int64_t nb = g_.dbias_b ? p_.B : 1, nh = g_.dbias_h ? p_.H : 1;
-    const int64_t rows = g_.dbias_i ? chunk(p_.Sq, bm_, threads, nb * nh) : p_.Sq;
-    const int64_t keys = !g_.dbias_i && g_.dbias_j ? chunk(p_.Sk, bn_, threads, nb * nh) : p_.Sk;
-    for (int64_t x = 0; x < nb * nh; ++x) {
-      for (int64_t i = 0; i < p_.Sq; i += rows) {
-        for (int64_t j = 0; j < p_.Sk; j += keys) {
-          std::vector<GradItem> group;
-          for (int64_t b = nb > 1 ? x / nh : 0; b < (nb > 1 ? x / nh + 1 : p_.B); ++b) {
-            const Sequence s = prob_.sequence(b);
-            const int64_t i1 = std::min(s.Sq, i + rows);
-            for (int64_t h = nh > 1 ? x % nh : 0; h < (nh > 1 ? x % nh + 1 : p_.H); ++h) {
-              if (i >= i1) continue;
-              GradItem item = rows_item(s, h, i, i1, false, true);
-              item.key0 = std::max(item.key0, j), item.key1 = std::min(item.key1, j + keys);
-              if (item.key0 < item.key1) group.push_back(item);
-            }
-          }
-          if (!group.empty()) bias.push_back(std::move(group));
-        }
-      }
-    }
-  }
-
-  const Problem& prob_;
-  const AttentionParams& p_;
-  const AttentionGrads& g_;
-  const int64_t bm_, bn_;
-  int64_t work_ = 0;
-};
+// f(from, to) over [0, n), on the plan's workers.
+template <class F>
+void each_chunk(const Parallel& parallel, const GradPlan& plan, int64_t n, F&& f) {
+  constexpr int64_t kChunk = 1 << 16;
+  if (n == 0) return;
+  Queue queue(div_up(n, kChunk));
+  parallel.workers(plan.workers, [&](int) {
+    for (int64_t i; queue.next(&i);) f(i * kChunk, std::min(n, (i + 1) * kChunk));
+  });
+}
 
 // E: engine of the forward (for weights); G: engine of the gradients.
 template <class E, class G>
@@ -393,21 +302,24 @@ void backward(const AttentionParams& p, const AttentionGrads& g, const Parallel&
   compute_delta<E>(prob, g, parallel, delta);
   if (g.dsinks) compute_dsinks(prob, delta, g.dsinks, parallel);
   const GradPlan plan(prob, g, parallel.threads, G::kBM, G::kBN);
-  if (!plan.items.empty()) {
-    Queue queue{int64_t(plan.items.size())};
-    parallel.workers(int(std::min<int64_t>(plan.workers, int64_t(plan.items.size()))), [&](int) {
-      BackwardWorker<G> worker(prob, g, delta);
-      for (int64_t i; queue.next(&i);) worker.run(plan.items[size_t(i)]);
-    });
-  }
-  if (!plan.bias.empty()) {
-    Queue queue{int64_t(plan.bias.size())};
-    parallel.workers(int(std::min<int64_t>(plan.workers, int64_t(plan.bias.size()))), [&](int) {
-      BackwardWorker<G> worker(prob, g, delta);
+  Buffer<float> parts_buf;
+  float* parts = parts_buf.reserve((plan.parts - 1) * plan.part_size);
+  each_chunk(parallel, plan, (plan.parts - 1) * plan.part_size,
+             [&](int64_t from, int64_t to) { std::fill(parts + from, parts + to, 0.f); });
+  for (const auto* groups : {&plan.groups, &plan.bias}) {
+    if (groups->empty()) continue;
+    Queue queue{int64_t(groups->size())};
+    parallel.workers(int(std::min<int64_t>(plan.workers, int64_t(groups->size()))), [&](int) {
+      BackwardWorker<G> worker(prob, g, delta, parts, plan.part_size);
       for (int64_t i; queue.next(&i);)
-        for (const GradItem& item : plan.bias[size_t(i)]) worker.run(item);
+        for (const GradItem& item : (*groups)[size_t(i)]) worker.run(item);
     });
   }
+  if (plan.parts > 1)
+    each_chunk(parallel, plan, plan.part_size, [&](int64_t from, int64_t to) {
+      for (int64_t part = 0; part + 1 < plan.parts; ++part)
+        for (int64_t x = from; x < to; ++x) g.dbias[x] += parts[part * plan.part_size + x];
+    });
 }
 
 }  // namespace FASTATTN_ISA

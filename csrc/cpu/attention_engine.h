@@ -48,7 +48,8 @@ class FmaEngine {
   void load_queries(const RowBlock& rb, const Sequence& s) {
     if (direct_) {
       float* q = q_.reserve(kBM * Dp);
-      for (int r = 0; r < rb.n; ++r) pack_rows(p.dtype, row(rb, s, r), 0, p.q.d, 1, D, Dp, q + r * Dp);
+      for (int r = 0; r < rb.n; ++r)
+        pack_rows(p.dtype, row(rb, s, r), 0, p.q.d, 1, D, Dp, q + r * Dp);
       return;
     }
     // Rows of one head lie a stride apart; where heads share keys, their blocks may span two heads.
@@ -210,7 +211,8 @@ class AmxEngine {
     for (int r = 0; r < rb.n; ++r) {
       const bf16* src = bf16_row(p.q, s.b, rb.h[r], s.q_start + rb.i[r]);
       for (int64_t d = 0; d < D; d += 32)
-        _mm512_store_si512(q_.data() + r * Dp + d, load_row32(src + d * p.q.d, p.q.d, D - d, kBM * p.q.s));
+        _mm512_store_si512(q_.data() + r * Dp + d,
+                           load_row32(src + d * p.q.d, p.q.d, D - d, kBM * p.q.s));
     }
   }
 

@@ -27,7 +27,7 @@ class FmaGradEngine {
     const int64_t n = hi - lo;
     const char* k = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
     const char* v = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
-    pack_transposed<kPanel>(p.dtype, k, p.k.s, p.k.d, n, D, 
+    pack_transposed<kPanel>(p.dtype, k, p.k.s, p.k.d, n, D,
                             kt_.reserve(transposed_size<kPanel>(n, D)));
     pack_transposed<kPanel>(p.dtype, v, p.v.s, p.v.d, n, Dv,
                             vt_.reserve(transposed_size<kPanel>(n, Dv)));
@@ -204,9 +204,9 @@ class AmxGradEngine {
     bf16* to = a.reserve(rows * padded);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < padded; c += 32)
-        _mm512_store_si512(
-            to + r * padded + c,
-            r < n ? load_row32(src + r * x.s + c * x.d, x.d, cols - c, 16 * x.s) : _mm512_setzero_si512());
+        _mm512_store_si512(to + r * padded + c,
+                           r < n ? load_row32(src + r * x.s + c * x.d, x.d, cols - c, 16 * x.s)
+                                 : _mm512_setzero_si512());
     bf16* tiles = at.reserve(rows * padded);
     pack_tiles(src, x.s, x.d, n, cols, tiles);
     for (int64_t tile = 0; tile < round_up(n, 32) * padded / 512; ++tile) {

@@ -9,6 +9,7 @@
 #include "attention_fwd.h"
 #include "attention_probs.h"
 #include "attention_grad_engine.h"
+#include "attention_grad_plan.h"
 #include "attention_bwd.h"
 
 namespace fastattn {

@@ -247,6 +247,13 @@ class Problem {
   void features(const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t a, int64_t z,
                 int64_t n, float* x, float* dcap) const {
     const vf scale = set1(p.scale);
+    if (p.bias.ptr && p.bias.j == 1) {
+      // Rows of a bias lie too far apart for the hardware to foresee: ask for the next one.
+      const int64_t at = s.b * p.bias.b + h * p.bias.h + (i + 1) * p.bias.i + j0;
+      const char* next = static_cast<const char*>(p.bias.ptr) + at * size_of(p.bias.dtype);
+      const int64_t bytes = z * size_of(p.bias.dtype);
+      for (int64_t x64 = 0; x64 < bytes; x64 += 64) prefetch(next + x64);
+    }
     if (p.bias.ptr && p.bias.j == 1 && p.softcap == 0.f && !p.alibi &&
         p.bias.dtype == DType::kF32) {
       // The common case in one pass.

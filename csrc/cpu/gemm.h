@@ -181,7 +181,8 @@ void pack_transposed(const T* src, int64_t stride, int64_t stride_d, int64_t row
       const T* s = src + (r0 + r) * stride;
       for (int64_t c = 0; c < cols; ++c) dst[c * kWidth + r] = to_float(s[c * stride_d]);
     }
-    for (int64_t c = 0; c < cols; ++c) std::fill(dst + c * kWidth + here, dst + (c + 1) * kWidth, 0.f);
+    for (int64_t c = 0; c < cols; ++c)
+      std::fill(dst + c * kWidth + here, dst + (c + 1) * kWidth, 0.f);
   }
 }
 
