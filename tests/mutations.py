@@ -99,7 +99,7 @@ MUTATIONS = (
     Mutation("dq_of_empty_rows_not_zeroed", BWD, "zero_row(p_.dtype, p_.D, to);", ";"),
     # ---- products
     Mutation("values_of_first_tile", ENGINE, "v_rows_ + (j0 - lo_) * v_stride_", "v_rows_"),
-    Mutation("decode_head_dim_tail", ENGINE, "if (whole < D)", "if (false)"),
+    Mutation("decode_head_dim_tail", ENGINE, "load_part(k + d, D - d)", "load_part(k + d, D - D)"),
     Mutation("dk_row_block", GRAD_ENGINE, "q_.ptr + r0 * q_.stride", "q_.ptr"),
     Mutation("dv_row_block", GRAD_ENGINE, "do_.ptr + r0 * do_.stride", "do_.ptr"),
     Mutation("gemm_second_chunk", GEMM, "B + k0 * b.k", "B"),

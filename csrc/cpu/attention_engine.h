@@ -46,6 +46,16 @@ class FmaEngine {
   }
 
   void load_queries(const RowBlock& rb, const Sequence& s) {
+#if FASTATTN_LEVEL >= 3
+    if (direct_ && p.dtype == DType::kBf16) {  // stays bf16: see multiply
+      bf16* q = q16_.reserve(kBM * round_up(D, 32));
+      for (int r = 0; r < rb.n; ++r)
+        for (int64_t d = 0; d < D; d += 32, q += 32)
+          _mm512_store_si512(q, load_row32(reinterpret_cast<const bf16*>(row(rb, s, r)) + d * p.q.d,
+                                           p.q.d, D - d, 0));
+      return;
+    }
+#endif
     if (direct_) {
       float* q = q_.reserve(kBM * Dp);
       for (int r = 0; r < rb.n; ++r)
@@ -122,7 +132,10 @@ class FmaEngine {
   template <class T>
   void scores_direct(int rows, int64_t j0, int64_t n, int64_t n_padded, float* S) const {
     const T* k = reinterpret_cast<const T*>(k_) + (j0 - lo_) * p.k.s;
+    const T* v = reinterpret_cast<const T*>(v_) + (j0 - lo_) * p.v.s;
     for (int64_t t = 0; t < n_padded; t += W) {
+      for (int64_t x = t; x < std::min(t + W, n); ++x)  // V of these keys is wanted next
+        for (int64_t d = 0; d < Dv; d += 64 / sizeof(T)) prefetch(v + x * p.v.s + d);
       int r = 0;
       if (rows & 4) dots<T, 4>(k, t, n, r, S), r += 4;
       if (rows & 2) dots<T, 2>(k, t, n, r, S), r += 2;
@@ -134,30 +147,40 @@ class FmaEngine {
   template <class T, int R>
   FASTATTN_NOINLINE void dots(const T* k0, int64_t t, int64_t n, int r0, float* S) const {
     vf part[R][W];
-    const float* q = q_.data() + r0 * Dp;
-    const int64_t whole = D / W * W;
     for (int x = 0; x < W; ++x) {
-      const T* k = k0 + std::min(t + x, n - 1) * p.k.s;
       vf c[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) c[r] = vf{};
-      for (int64_t d = 0; d < whole; d += W) {
-        const vf kv = load(k + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) c[r] = fma(load(q + r * Dp + d), kv, c[r]);
-      }
-      if (whole < D) {
-        alignas(64) float tail[W] = {};
-        for (int64_t d = whole; d < D; ++d) tail[d - whole] = to_float(k[d]);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) c[r] = fma(load(q + r * Dp + whole), load(tail), c[r]);
-      }
+      multiply(k0 + std::min(t + x, n - 1) * p.k.s, r0, c);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) part[r][x] = c[r];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) store(S + (r0 + r) * kBN + t, reduce_add_rows(part[r]));
   }
+
+  // c[r] += q_(r0 + r) * k, lane by lane.
+  template <class T, int R>
+  FASTATTN_INLINE void multiply(const T* k, int r0, vf (&c)[R]) const {
+    const float* q = q_.data() + r0 * Dp;
+    for (int64_t d = 0; d < D; d += W) {
+      const vf kv = load_part(k + d, D - d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) c[r] = fma(load(q + r * Dp + d), kv, c[r]);
+    }
+  }
+#if FASTATTN_LEVEL >= 3
+  template <int R>
+  FASTATTN_INLINE void multiply(const bf16* k, int r0, vf (&c)[R]) const {
+    const bf16* q = q16_.data() + r0 * round_up(D, 32);
+    for (int64_t d = 0; d < D; d += 32) {
+      const __m512bh kv = __m512bh(load_row32(k + d, 1, D - d, 32 * p.k.s));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        c[r] = _mm512_dpbf16_ps(c[r], __m512bh(_mm512_load_si512(q + r * round_up(D, 32) + d)), kv);
+    }
+  }
+#endif
 
   // V straight from the tensor, converted on its way into registers.
   template <class T>
@@ -172,6 +195,9 @@ class FmaEngine {
   const char *k_ = nullptr, *v_ = nullptr;  // of key lo_
   const float* v_rows_ = nullptr;
   Buffer<float> kt_, v_buf_, q_, row_;
+#if FASTATTN_LEVEL >= 3
+  Buffer<bf16> q16_;
+#endif
 };
 
 // ---- bf16 products on tiles -----------------------------------------------------------------
