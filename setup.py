@@ -22,6 +22,7 @@ FLAGS = [
     "-Wno-unused-parameter",
     "-Wno-maybe-uninitialized",  # GCC's own AVX-512 headers
     "-Wno-uninitialized",
+    "-Wno-psabi",  # vectors of two registers are passed by inlined functions alone
 ]
 X86 = ["avx2", "avx512", "amx"] if platform.machine() in ("x86_64", "AMD64") else []
 

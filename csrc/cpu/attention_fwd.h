@@ -200,36 +200,53 @@ class ForwardWorker {
     std::memcpy(partial + 2 * E::kBM, acc_.data(), size_t(rows_.n * engine_.Dvp) * sizeof(float));
   }
 
+  // W rows at a time; in double, since fp32 cannot hold both a row's maximum and its log of a sum.
   FASTATTN_NOINLINE void finish(const Sequence& s) {
-    for (int r = 0; r < rows_.n; ++r) {
-      const int64_t h = rows_.h[r], i = s.q_start + rows_.i[r];
-      const int64_t at = s.b * p_.lse_b + h * p_.lse_h + i * p_.lse_s;
-      const double m = state_.m[r], c = prob_.multiplier(), unit = prob_.unit();
-      const bool none = state_.m[r] == kNegInf;  // no key: output 0, whatever the sink
-      float l = reduce_add(state_.l[r]), factor = 1.f;
-      // What the sum stands on, in units of the tile: the row's maximum, or a sink above it. Never
-      // their difference: beside a row of finfo.min it would drown both.
-      double top = m;
-      if (p_.sinks && !none) {
-        const double sink = double(p_.sinks[h]) / unit, lift = std::max(0., sink - m) * c;
-        factor = std::exp2(float(-lift));
-        l = l * factor + std::exp2(float((sink - m) * c - lift));
-        top = std::max(m, sink);
-      }
-      if (none) {
-        p_.lse[at] = p_.sinks ? p_.sinks[h] : kNegInf, p_.lse_lo[at] = 0.f;
-      } else {
-        const double log2_l = double(std::log2(l));
-        const float lse = float(top * unit + log2_l * kLn2Exact);
-        p_.lse[at] = lse;
-        p_.lse_lo[at] = float(log2_l + (top - double(prob_.in_units(lse))) * c);
-      }
-      char* o = row_at(p_.o, p_.dtype, s.b, h, i);
-      if (none)
-        zero_row(p_.dtype, p_.Dv, o);
-      else
-        store_row(p_.dtype, acc_.data() + r * engine_.Dvp, p_.Dv, factor / l, o);
+    const vd unit = vd{} + double(prob_.unit()), c = vd{} + double(prob_.multiplier());
+    for (int r0 = 0; r0 < rows_.n; r0 += W) {
+      const int n = std::min(W, rows_.n - r0);
+      vf sums[W];
+      for (int r = 0; r < W; ++r) sums[r] = state_.l[std::min(r0 + r, rows_.n - 1)];
+      const vf m = load(state_.m + r0);
+      alignas(64) float l[W], inverse[W], lse[W], lse_lo[W];
+      alignas(64) double top[W];
+      store(l, reduce_add_rows(sums));
+      for (int r = 0; r < W; ++r) top[r] = m[r], inverse[r] = 1.f;
+      if (p_.sinks)
+        for (int r = 0; r < n; ++r) join_sink(rows_.h[r0 + r], m[r], &l[r], &inverse[r], &top[r]);
+      store(inverse, load(inverse) / load(l));
+      const vd t = load(top), log_l = to_double(log2v(load(l)));
+      const vf total = to_single(t * unit + log_l * kLn2Exact);
+      store(lse, total);
+      store(lse_lo, to_single(log_l + (t - to_double(prob_.in_units(total))) * c));
+      for (int r = 0; r < n; ++r)
+        finish_row(s, rows_.h[r0 + r], s.q_start + rows_.i[r0 + r],
+                   acc_.data() + (r0 + r) * engine_.Dvp, m[r] == kNegInf, inverse[r], lse[r],
+                   lse_lo[r]);
     }
+  }
+
+  // What the sum stands on, in units of the tile: the row's maximum, or a sink above it. Never
+  // their difference: beside a row of finfo.min it would drown both.
+  void join_sink(int64_t h, float m, float* l, float* factor, double* top) const {
+    if (m == kNegInf) return;
+    const double sink = double(p_.sinks[h]) / prob_.unit(), c = prob_.multiplier();
+    const double lift = std::max(0., sink - m) * c;
+    *factor = std::exp2(float(-lift));
+    *l = *l * *factor + std::exp2(float((sink - m) * c - lift));
+    *top = std::max(double(m), sink);
+  }
+
+  FASTATTN_INLINE void finish_row(const Sequence& s, int64_t h, int64_t i, const float* acc,
+                                  bool none, float factor, float lse, float lse_lo) const {
+    const int64_t at = s.b * p_.lse_b + h * p_.lse_h + i * p_.lse_s;
+    char* o = row_at(p_.o, p_.dtype, s.b, h, i);
+    if (none) {  // no key: output 0, whatever the sink
+      p_.lse[at] = p_.sinks ? p_.sinks[h] : kNegInf, p_.lse_lo[at] = 0.f;
+      return zero_row(p_.dtype, p_.Dv, o);
+    }
+    p_.lse[at] = lse, p_.lse_lo[at] = lse_lo;
+    store_row(p_.dtype, acc, p_.Dv, factor, o);
   }
 
   const Problem& prob_;

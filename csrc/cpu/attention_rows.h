@@ -133,6 +133,7 @@ class Problem {
   float multiplier() const { return plain ? p.scale * kLog2e : kLog2e; }
   // lse as the backward subtracts it from a tile's logits.
   float in_units(float lse) const { return float(double(lse) * inverse_unit_); }
+  vf in_units(vf lse) const { return to_single(to_double(lse) * inverse_unit_); }
 
   Sequence sequence(int64_t b) const {
     Sequence s{b,

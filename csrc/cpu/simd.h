@@ -15,6 +15,9 @@ inline constexpr int W = sizeof(vf) / sizeof(float);
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
+typedef double vd __attribute__((vector_size(8 * W)));  // as many lanes: two registers
+typedef double vd_unaligned __attribute__((vector_size(8 * W), aligned(8), may_alias));
+
 inline constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr double kLog2eExact = 1.44269504088896340736, kLn2Exact = 0.69314718055994530942;
@@ -25,6 +28,9 @@ inline constexpr double kLog2eExact = 1.44269504088896340736, kLn2Exact = 0.6931
 
 FASTATTN_INLINE vf set1(float x) { return x - vf{}; }
 FASTATTN_INLINE vf load(const float* p) { return vf(*reinterpret_cast<const vf_unaligned*>(p)); }
+FASTATTN_INLINE vd load(const double* p) { return vd(*reinterpret_cast<const vd_unaligned*>(p)); }
+FASTATTN_INLINE vd to_double(vf x) { return __builtin_convertvector(x, vd); }
+FASTATTN_INLINE vf to_single(vd x) { return __builtin_convertvector(x, vf); }
 FASTATTN_INLINE void store(float* p, vf x) {
   *reinterpret_cast<vf_unaligned*>(p) = vf_unaligned(x);
 }
@@ -266,6 +272,22 @@ FASTATTN_INLINE vf exp2v(vf x) {
   const vf y = vf(vi(p) + (vi(t) << 23));
   return x < low ? vf{} : y;
 #endif
+}
+
+// log2 of a finite x > 0 that is not subnormal, to 2 ulp: polynomial of Cephes logf on [sqrt(1/2),
+// sqrt(2)).
+FASTATTN_INLINE vf log2v(vf x) {
+  const vi e = (vi(x) - 0x3f3504f3) >> 23;
+  const vf f = vf(vi(x) - (e << 23)) - 1.f;
+  static constexpr float c[] = {-1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f,
+                                1.4249322787e-1f,  -1.6668057665e-1f, 2.0000714765e-1f,
+                                -2.4999993993e-1f, 3.3333331174e-1f};
+  vf p = set1(7.0376836292e-2f);
+#pragma GCC unroll 8
+  for (const float ci : c) p = fma(p, f, set1(ci));
+  const vf z = f * f;
+  const vf log_f = fma(p * z, f, fma(z, set1(-0.5f), f));
+  return fma(log_f, set1(kLog2e), __builtin_convertvector(e, vf));
 }
 
 // tanh to 2 ulp: odd polynomial below 0.625 (Cephes tanhf), 1 - 2 / (e^2x + 1) above.
