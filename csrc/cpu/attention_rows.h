@@ -158,20 +158,22 @@ class Problem {
 
   // Rows [first, first + n) of a kv head's group * Sq rows, head by head.
   void fill(RowBlock& rb, const Sequence& s, int64_t hk, int64_t first, int n) const {
-    rb.n = n;
-    rb.lo = std::numeric_limits<int64_t>::max(), rb.hi = 0;
-    rb.full_lo = 0, rb.full_hi = std::numeric_limits<int64_t>::max();
+    // In registers: written through to rb, each row would wait for the stores of the one before.
+    int64_t lo = std::numeric_limits<int64_t>::max(), hi = 0, full_lo = 0, full_hi = lo;
     int64_t h = hk * group + first / s.Sq, i = first % s.Sq;
     for (int r = 0; r < n; ++r, ++i) {
       if (i == s.Sq) ++h, i = 0;
       rb.h[r] = h, rb.i[r] = i;
-      const Interval k = rb.keys[r] = keys(s, rb.i[r]);
-      if (k.hi > k.lo) rb.lo = std::min(rb.lo, k.lo);
-      rb.hi = std::max(rb.hi, k.hi);
-      rb.full_lo = std::max(rb.full_lo, k.lo);
-      rb.full_hi = std::min(rb.full_hi, k.hi);
+      const Interval k = keys(s, i);
+      rb.keys[r] = k;
+      if (k.hi > k.lo) lo = std::min(lo, k.lo);
+      hi = std::max(hi, k.hi);
+      full_lo = std::max(full_lo, k.lo);
+      full_hi = std::min(full_hi, k.hi);
     }
-    rb.lo = std::min(rb.lo, rb.hi);
+    rb.n = n;
+    rb.lo = std::min(lo, hi), rb.hi = hi;
+    rb.full_lo = full_lo, rb.full_hi = full_hi;
   }
 
   // The keys that rows [first, last) of a kv head may see. Both bounds move one way with the row,
