@@ -40,6 +40,7 @@ class Plan:
 
     lengths: tuple[int, ...]
     batches: tuple[int, ...]
+    tokens: int  # larger batches are left out: seconds a call, and no other ratio than the next
     training: tuple[tuple[int, int], ...]  # (S, B)
     parity_sentences: int
     rounds: int
@@ -47,8 +48,8 @@ class Plan:
     seconds: float  # a case is cut off after this, once min_rounds are done
 
 
-FULL = Plan((16, 128, 512), (1, 8, 32), ((128, 8), (512, 8)), 200, 25, 3, 1.2)
-QUICK = Plan((16, 128), (1, 4), ((64, 4),), 32, 7, 2, 0.2)
+FULL = Plan((16, 128, 512), (1, 8, 32), 4096, ((128, 8), (512, 4)), 200, 25, 3, 1.2)
+QUICK = Plan((16, 128), (1, 4), 512, ((64, 4),), 32, 7, 2, 0.2)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -123,7 +124,8 @@ def cases(plan: Plan) -> Iterator[Case]:
         for padded in (False, True):
             for S in plan.lengths:
                 for B in plan.batches:
-                    if B > 1 or not padded:  # a batch of one has nothing to pad
+                    # A batch of one has nothing to pad.
+                    if (B > 1 or not padded) and B * S <= plan.tokens:
                         yield Case("forward", S, B, dtype, padded)
     for dtype in DTYPES:
         for S, B in plan.training:
