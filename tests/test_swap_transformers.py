@@ -3,7 +3,6 @@
 import copy
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +14,23 @@ import transformers
 from swap_tools import Calls, calls, judge_model  # noqa: F401
 from tools import assert_within
 from torch import Tensor, nn
+from transformers_models import (
+    DECODERS,
+    HK,
+    LAYERS,
+    SEQ2SEQ,
+    TEXT,
+    D,
+    E,
+    H,
+    S,
+    V,
+    build,
+    forward,
+    swapped,
+    tokens,
+    vit,
+)
 
 from fastattn.swap import _transformers as hf
 from fastattn.swap import swap, unswap
@@ -41,171 +57,6 @@ def batch() -> dict[str, Tensor]:
     tokens = dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
     assert not tokens["attention_mask"].all()
     return tokens
-
-
-def swapped(model: nn.Module, **kwargs: Any) -> Any:
-    fused = copy.deepcopy(model)
-    assert swap(fused, **kwargs)
-    return fused
-
-
-# ------------------------------------------------------------------------------------- small models
-
-V, E, H, HK, D, LAYERS, S = 61, 32, 4, 2, 8, 2, 12
-
-DECODER = {
-    "vocab_size": V,
-    "hidden_size": E,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": H,
-    "num_key_value_heads": HK,
-    "head_dim": D,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-ENCODER = {
-    "vocab_size": V,
-    "hidden_size": E,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": H,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-
-
-def bert() -> Any:
-    return transformers.BertForMaskedLM(transformers.BertConfig(**ENCODER))
-
-
-def roberta() -> Any:
-    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**ENCODER))
-
-
-def distilbert() -> Any:
-    config = transformers.DistilBertConfig(
-        vocab_size=V, dim=E, hidden_dim=48, n_layers=LAYERS, n_heads=H, max_position_embeddings=64
-    )
-    return transformers.DistilBertForMaskedLM(config)
-
-
-def modernbert() -> Any:
-    """Bidirectional sliding windows in all layers but every third."""
-    config = transformers.ModernBertConfig(**ENCODER, local_attention=8)
-    return transformers.ModernBertForMaskedLM(config)
-
-
-def gpt2() -> Any:
-    config = transformers.GPT2Config(
-        vocab_size=V, n_embd=E, n_layer=LAYERS, n_head=H, n_positions=64, bos_token_id=1,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
-
-
-def mistral() -> Any:
-    config = transformers.MistralConfig(**DECODER, sliding_window=5)
-    return transformers.MistralForCausalLM(config)
-
-
-def gemma2() -> Any:
-    config = transformers.Gemma2Config(
-        **DECODER, sliding_window=5, attn_logit_softcapping=1.5, query_pre_attn_scalar=24
-    )
-    return transformers.Gemma2ForCausalLM(config)
-
-
-def gpt_oss() -> Any:
-    config = transformers.GptOssConfig(
-        **DECODER, sliding_window=5, num_local_experts=2, num_experts_per_tok=1
-    )
-    model = transformers.GptOssForCausalLM(config)
-    model.set_experts_implementation("eager")  # the other one has no float64
-    return model
-
-
-def t5() -> Any:
-    config = transformers.T5Config(
-        vocab_size=V, d_model=E, d_kv=D, d_ff=48, num_layers=LAYERS, num_heads=H,
-        relative_attention_num_buckets=8, relative_attention_max_distance=10,
-        pad_token_id=0, decoder_start_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def bart() -> Any:
-    config = transformers.BartConfig(
-        vocab_size=V, d_model=E, encoder_layers=1, decoder_layers=LAYERS, encoder_ffn_dim=48,
-        decoder_ffn_dim=48, encoder_attention_heads=H, decoder_attention_heads=H,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-        decoder_start_token_id=1, forced_eos_token_id=None,
-    )  # fmt: skip
-    return transformers.BartForConditionalGeneration(config)
-
-
-def vit() -> Any:
-    config = transformers.ViTConfig(
-        hidden_size=E, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=H,
-        image_size=16, patch_size=4,
-    )  # fmt: skip
-    return transformers.ViTModel(config)
-
-
-# Model -> attention modules in it.
-ENCODERS: dict[str, tuple[Callable[[], Any], int]] = {
-    "bert": (bert, 2),
-    "roberta": (roberta, 2),
-    "distilbert": (distilbert, 2),
-    "modernbert": (modernbert, 2),
-}
-DECODERS: dict[str, tuple[Callable[[], Any], int]] = {
-    "gpt2": (gpt2, 2),
-    "llama": (llama, 2),
-    "mistral": (mistral, 2),
-    "gemma2": (gemma2, 2),
-    "gpt_oss": (gpt_oss, 2),
-}
-SEQ2SEQ: dict[str, tuple[Callable[[], Any], int]] = {"t5": (t5, 6), "bart": (bart, 5)}
-TEXT = {**ENCODERS, **DECODERS, **SEQ2SEQ}
-
-
-def build(name: str) -> Any:
-    """The model in eval mode, with weights large enough that attention is not uniform."""
-    model = TEXT[name][0]().eval()
-    with torch.no_grad():
-        for parameter_name, p in model.named_parameters():
-            if "sinks" in parameter_name or "relative_attention_bias" in parameter_name:
-                p.normal_()
-            elif p.dim() == 2 and "embed" not in parameter_name:
-                p.mul_(8)
-    return model
-
-
-def tokens(side: str = "right", shortest: int = 4) -> dict[str, Tensor]:
-    """Three sequences, of 12 and 9 tokens and a short one."""
-    ids = torch.randint(2, V, (3, S))
-    lengths = torch.tensor([[S], [9], [shortest]])
-    position = torch.arange(S)
-    mask = position < lengths if side == "right" else position >= S - lengths
-    return {"input_ids": ids * mask, "attention_mask": mask.long()}
-
-
-def forward(name: str, inputs: dict[str, Tensor]) -> Callable[..., dict[str, Tensor]]:
-    if name in SEQ2SEQ:
-        inputs = {**inputs, "decoder_input_ids": torch.randint(2, V, (3, 7))}
-        inputs["decoder_attention_mask"] = (torch.arange(7) < torch.tensor([[7], [5], [6]])).long()
-
-    def call(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"logits": model(**inputs, use_cache=False).logits}
-
-    return call
 
 
 # ------------------------------------------------------------------------------------------ parity
@@ -513,141 +364,3 @@ def test_packed_positions() -> None:
     got = fused(ids, position_ids=positions, use_cache=False).logits
     right = torch.cat([stock(ids[:, :5]).logits, stock(ids[:, 5:]).logits], dim=1)
     torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------- only, skip, unswap
-
-
-@pytest.mark.parametrize("former", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["bert", "llama", "mistral", "t5"])
-def test_part_of_a_model(name: str, former: str, calls: Calls) -> None:  # noqa: F811
-    stock = build(name)
-    stock.set_attn_implementation(former)
-    fused = copy.deepcopy(stock)
-    skip = "encoder.*" if name == "t5" else "*.layers.0" if name != "bert" else "*.layer.0"
-    report = swap(fused, skip=skip)
-    expected = 4 if name == "t5" else 1
-    assert len(report) == expected
-    assert [s.why for s in report.skipped] == ["excluded by skip"] * (TEXT[name][1] - expected)
-    call = forward(name, tokens())
-    got = call(fused, torch.float32)["logits"]
-    assert len(calls) == expected
-    right = call(stock, torch.float32)["logits"]
-    seen = slice(None) if name == "t5" else tokens()["attention_mask"].bool()
-    torch.testing.assert_close(got[seen], right[seen], rtol=1e-3, atol=1e-4)
-    # The rest later, then all of it back.
-    assert len(swap(fused)) == TEXT[name][1] - expected
-    calls.clear()
-    call(fused, torch.float32)
-    assert len(calls) == TEXT[name][1]
-    assert unswap(fused)
-    assert torch.equal(call(fused, torch.float32)["logits"], right)
-
-
-@pytest.mark.filterwarnings("ignore:Model config")
-def test_one_tower_of_a_composite_model(calls: Calls) -> None:  # noqa: F811
-    sizes = {
-        "hidden_size": E,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": H,
-    }
-    config = transformers.CLIPConfig(
-        text_config={**sizes, "vocab_size": V, "bos_token_id": 1, "eos_token_id": 2},
-        vision_config={**sizes, "image_size": 16, "patch_size": 4},
-        projection_dim=16,
-    )
-    stock = transformers.CLIPModel(config).eval()
-    inputs = {**tokens(), "pixel_values": torch.randn(2, 3, 16, 16)}
-    right = stock(**inputs).logits_per_image
-    for only, count in (("vision_model", 1), ("text_model.*", 1), (None, 2)):
-        fused = copy.deepcopy(stock)
-        calls.clear()
-        assert len(swap(fused, only=only)) == count
-        torch.testing.assert_close(fused(**inputs).logits_per_image, right, rtol=1e-4, atol=1e-5)
-        assert len(calls) == count
-        assert unswap(fused)
-        assert torch.equal(fused(**inputs).logits_per_image, right)
-
-
-def test_config_that_asks_for_weights_is_noted(tmp_path: pathlib.Path) -> None:
-    model = build("bert")
-    model.set_attn_implementation("eager")
-    model.config.output_attentions = True
-    assert any("unswap before save_pretrained" in note for note in swap(model).notes)
-    assert len(model(**tokens()).attentions) == LAYERS
-    unswap(model)
-    model.save_pretrained(tmp_path)
-
-
-def test_part_of_a_model_on_something_else_is_refused() -> None:
-    model = build("bert")
-    model.config._attn_implementation_internal = "flex_attention"
-    with pytest.warns(UserWarning, match="replaced nothing in BertForMaskedLM"):
-        report = swap(model, skip="*.layer.0")
-    assert "'flex_attention', whose masks differ" in str(report)
-    assert model.config._attn_implementation == "flex_attention"
-    assert len(swap(model)) == 2
-
-
-@pytest.mark.parametrize("name", TEXT)
-def test_unswap_is_exact(name: str) -> None:
-    model = build(name)
-    call = forward(name, tokens())
-    right = call(model, torch.float32)["logits"]
-    before = {n: dict(m.__dict__) for n, m in model.named_modules()}
-    implementations = {
-        n: m.config._attn_implementation for n, m in model.named_modules() if hasattr(m, "config")
-    }
-    config = model.config.to_dict()
-    assert len(swap(model, backend="reference")) == TEXT[name][1]
-    assert model.config.to_dict() == config
-    assert model.config._attn_implementation == "fastattn_reference"
-    assert unswap(model)
-    assert {n: dict(m.__dict__) for n, m in model.named_modules()} == before
-    for n, m in model.named_modules():
-        assert not hasattr(m, "config") or m.config._attn_implementation == implementations[n]
-    assert torch.equal(call(model, torch.float32)["logits"], right)
-
-
-def test_swapping_twice_and_other_backends() -> None:
-    model = build("bert")
-    swap(model)
-    report = swap(model)
-    assert (len(report), report.fused_before) == (0, 2)
-    assert len(swap(model, backend="cuda")) == 2
-    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call"):
-        model(**tokens())
-    assert len(swap(model)) == 2
-    model(**tokens())
-    unswap(model)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_layers_taken_out_of_their_model(calls: Calls) -> None:  # noqa: F811
-    stock = build("bert").bert.encoder
-    fused = copy.deepcopy(stock)
-    assert len(swap(fused)) == 2
-    x = torch.randn(2, S, E)
-    torch.testing.assert_close(fused(x).last_hidden_state, stock(x).last_hidden_state)
-    assert len(calls) == 2
-    assert unswap(fused)
-    assert torch.equal(fused(x).last_hidden_state, stock(x).last_hidden_state)
-
-
-def test_model_without_the_interface_is_left_alone() -> None:
-    config = transformers.FalconConfig(
-        vocab_size=V, hidden_size=E, num_hidden_layers=LAYERS, num_attention_heads=H
-    )
-    model = transformers.FalconForCausalLM(config)
-    with pytest.warns(UserWarning, match="replaced nothing in FalconForCausalLM"):
-        report = swap(model)
-    assert [s.cls for s in report.skipped] == ["FalconAttention"] * LAYERS
-    assert all("does not use transformers' AttentionInterface" in s.why for s in report.skipped)
-    assert model.config._attn_implementation != "fastattn"
-
-
-def test_model_that_knows_sdpa_by_name_is_left_alone() -> None:
-    """DeepSeek V3.2 puts its sparse pattern into the mask only for eager and sdpa."""
-    model = transformers.DeepseekV32Model.__new__(transformers.DeepseekV32Model)
-    assert "tells 'sdpa' from other implementations by name" in str(hf._why_not(model))

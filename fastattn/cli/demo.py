@@ -125,7 +125,7 @@ def cases(plan: Plan) -> Iterator[Case]:
             for S in plan.lengths:
                 for B in plan.batches:
                     # A batch of one has nothing to pad.
-                    if (B > 1 or not padded) and B * S <= plan.tokens:
+                    if (B > 1 or not padded) and plan.tokens >= B * S:
                         yield Case("forward", S, B, dtype, padded)
     for dtype in DTYPES:
         for S, B in plan.training:
