@@ -14,19 +14,31 @@ CSRC  := $(shell find csrc -type f 2>/dev/null)
 # The stamps decide what is done, not whether .venv is there: it may have been made by hand.
 DEPS  := $(VENV)/.stamp-deps
 BUILD := $(VENV)/.stamp-build
+# ttsem's metadata asks for Python 3.12 and torch 2.14.0; it runs on 3.10 and every torch with
+# triton 3.8, so without its dependencies, and pinned. Another version is another stamp.
+TTSEM := ttsem==0.1.0
+RUNGS := $(VENV)/.stamp-$(subst ==,-,$(TTSEM))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo doctor test lint format verify-full bench wheel clean
+.PHONY: help setup demo doctor test lint format verify verify-full budgets mutations bench wheel \
+        test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         the main job: a real BERT, swapped, compared and timed (demo-out/)"
 	@echo "make test         all tests"
 	@echo "make lint         ruff, mypy --strict, clang-format, the architecture test"
+	@echo "make verify       the GPU kernels without a GPU: bounds, races, values, launches, machine code,"
+	@echo "                  planted bugs (tests/rungs); minutes"
 	@echo "make bench        the speed and memory table (bench/RESULTS.md)"
 	@echo "make wheel        one cp310-abi3 wheel in dist/"
-	@echo "make verify-full  that wheel under torch 2.10.0, 2.13.0 and 2.14.1, in fresh environments"
+	@echo "make verify-full  verify for every dtype, head dim and architecture, and after pipelining;"
+	@echo "                  that wheel under torch 2.10.0, 2.13.0 and 2.14.1, in fresh environments"
+	@echo "make budgets      what each GPU kernel may take (tests/rungs/budgets.json), made anew"
+	@echo "make mutations    who catches which planted bug (tests/rungs/MUTATIONS.md), made anew"
+	@echo "make test-gpu     the tests on this machine's GPU, and a report to attach to an issue"
+	@echo "make bench-gpu    the benches on this machine's GPU, into the same report"
 	@echo "make doctor       what this machine can use, and why not the rest"
 	@echo "make format       ruff format and clang-format"
 
@@ -54,7 +66,7 @@ doctor: $(BUILD)
 
 test: $(BUILD)
 	@mkdir -p build
-	$(BIN)/python -m pytest --basetemp=build/pytest-tmp $(ARGS)
+	$(BIN)/python -m pytest --basetemp=build/pytest-tmp --ignore=tests/rungs $(ARGS)
 
 lint: $(BUILD)
 	$(BIN)/ruff check .
@@ -76,9 +88,31 @@ wheel: $(BUILD)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-verify-full: $(BUILD)
+$(RUNGS): | $(DEPS)
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python "$(TTSEM)"
+	@touch $@
+
+verify: $(BUILD) $(RUNGS)
+	@mkdir -p build
+	$(BIN)/python -m pytest -q --basetemp=build/pytest-tmp tests/rungs $(ARGS)
+
+verify-full: $(BUILD) $(RUNGS)
+	@mkdir -p build
+	$(BIN)/python -m pytest -q --basetemp=build/pytest-tmp --full tests/rungs
 	$(BIN)/python -m pip install --quiet "abi3audit>=0.0.20"
 	$(BIN)/python tests/verify_wheel.py $(ARGS)
+
+budgets: $(BUILD) $(RUNGS)
+	PYTHONPATH=tests $(BIN)/python -m rungs budgets --write
+
+mutations: $(BUILD) $(RUNGS)
+	PYTHONPATH=tests $(BIN)/python -m rungs mutants --write
+
+test-gpu: $(BUILD)
+	$(BIN)/python tests/gpu_report.py test $(ARGS)
+
+bench-gpu: $(BUILD)
+	$(BIN)/python tests/gpu_report.py bench $(ARGS)
 
 clean:
 	rm -rf build dist demo-out bench/out fastattn/*.so $(DEPS) $(BUILD)

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--max-seconds", type=float, default=30.0, help="a case; at least 5 rounds")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--device", default="cpu", help="where the tensors are: cpu or cuda")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     args = parser.parse_args(argv)
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     cases = select(args)
     if not cases:
         parser.error("name a --case or a --tag, or give --all (--list shows them)")

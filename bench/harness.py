@@ -22,6 +22,20 @@ from fastattn.measure import Spread, interleave, peak_extra_bytes, ratios, settl
 
 Thunk = Callable[[], object]
 
+
+def synchronised(fn: Thunk) -> Thunk:
+    """On a GPU a call returns before its kernels have run: wait, or nothing would be timed."""
+    if torch.get_default_device().type != "cuda":
+        return fn
+
+    def call() -> object:
+        result = fn()
+        torch.cuda.synchronize()
+        return result
+
+    return call
+
+
 GEMM_N = 2048
 COPY_BYTES = 256 << 20
 
@@ -168,10 +182,11 @@ def run_case(
     """Measure one case; the issue's "or" between ratio and share is an or here too."""
     torch.manual_seed(0)
     pair = case.make(backend)
-    stock_backend, stock = best_stock(pair.stock)
+    stock_backend, stock = best_stock(synchronised(pair.stock))
     probe, work = roof_probe(case.roof, case.dtype)
+    probe = synchronised(probe)
     small = case.max_overhead is not None
-    contestants = {"stock": stock, "fused": pair.fused}
+    contestants = {"stock": stock, "fused": synchronised(pair.fused)}
     if small:  # a probe of milliseconds would evict what these calls find in the caches
         roof = interleave({"roof": probe}, rounds=3)["roof"]
     else:
@@ -252,7 +267,11 @@ def environment() -> dict[str, Any]:
             if line.startswith("model name"):
                 cpu = line.split(":", 1)[1].strip()
                 break
+    gpu = {}
+    if torch.get_default_device().type == "cuda":
+        gpu = {"gpu": torch.cuda.get_device_name()}
     return {
+        **gpu,
         "cpu": cpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -6,13 +6,16 @@ in order. An explicit backend that cannot serve a call raises; ``auto`` takes th
 | device | order             | why                                                              |
 |--------|-------------------|------------------------------------------------------------------|
 | cpu    | cpu, reference    | the C++ kernels serve fp32, bf16 and fp16; fp64 is the oracle's  |
-| cuda   | reference         | no GPU kernel has landed yet: plain PyTorch, with one warning    |
+| cuda   | triton, reference | Triton compiles for the device at first use; fp64 and head_dim   |
+|        |                   | above 256 go to plain PyTorch, with one warning                  |
 | other  | reference         | plain PyTorch runs wherever torch does                           |
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,8 +23,10 @@ from typing import Any
 
 import torch
 
+import fastattn.kernels.launch
+
 try:
-    import fastattn._C  # noqa: F401  registers the CPU kernels under torch.ops.fastattn
+    import fastattn._C  # registers the CPU kernels under torch.ops.fastattn
 
     _C_ERROR = ""
 except ImportError as error:  # a source tree that was never built: every op says so by name
@@ -29,8 +34,9 @@ except ImportError as error:  # a source tree that was never built: every op say
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
-_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_MAX_HEAD_DIM = 256
 
 # In the order of csrc/cpu/isa.h.
 _ISAS = ("portable", "avx2", "avx512", "amx")
@@ -67,10 +73,35 @@ def backends() -> list[BackendInfo]:
         cpu = BackendInfo("cpu", True, "C++ kernels for fp32, bf16, fp16", details)
     return [
         cpu,
-        BackendInfo("triton", False, "the Triton kernels have not landed yet"),
+        _triton_info(),
         BackendInfo("cuda", False, "the CUDA C++ kernels have not landed yet"),
         BackendInfo("reference", True, "plain PyTorch on any device, every dtype; the oracle"),
     ]
+
+
+def _triton_info() -> BackendInfo:
+    missing = _triton_missing()
+    if missing is not None:
+        return BackendInfo("triton", False, missing)
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return BackendInfo("triton", True, "Triton kernels for fp32, bf16, fp16", {"device": name})
+    if _triton_on_cpu():
+        return BackendInfo("triton", True, "in Triton's interpreter on the CPU, for tests: slow")
+    return BackendInfo("triton", False, "torch sees no GPU (torch.cuda.is_available() is False)")
+
+
+def _triton_missing() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # no origin: a folder that happens to have the name
+        return "triton is not installed; it comes with torch's CUDA and ROCm wheels for Linux"
+    return None
+
+
+def _triton_on_cpu() -> bool:
+    """Whether a launch on CPU tensors goes anywhere: to the interpreter, or to a test's hook."""
+    interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    return interpret or fastattn.kernels.launch.hook is not None
 
 
 def cpu_isas() -> list[str]:
@@ -104,7 +135,9 @@ def force_cpu_isa(name: str) -> Iterator[None]:
         torch.ops.fastattn.cpu_isa_force(_ISAS.index(former))
 
 
-def _why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def _why_not(
+    op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0
+) -> str | None:
     """None where ``backend`` can serve the call, else the reason why it cannot."""
     if backend == "reference":
         return None
@@ -113,13 +146,29 @@ def _why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
             return f"fastattn._C is not built or does not load ({_C_ERROR}); reinstall fastattn"
         if device != "cpu":
             return f"it takes CPU tensors, got device {device!r}"
-        if dtype not in _CPU_DTYPES:
+        if dtype not in _KERNEL_DTYPES:
             return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
+        return None
+    if backend == "triton":
+        missing = _triton_missing()
+        if missing is not None:
+            return missing
+        if device == "cpu" and not _triton_on_cpu():
+            return (
+                "it takes CUDA tensors, got device 'cpu' (tests run it there in Triton's "
+                "interpreter, TRITON_INTERPRET=1)"
+            )
+        if device not in ("cuda", "cpu"):
+            return f"it takes CUDA tensors, got device {device!r}"
+        if dtype not in _KERNEL_DTYPES:
+            return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
+        if head_dim > _TRITON_MAX_HEAD_DIM:
+            return f"it supports head_dim up to {_TRITON_MAX_HEAD_DIM}, got {head_dim}"
         return None
     return "its kernels have not landed yet; see fastattn.backends()"
 
 
-def select(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> str:
     """The backend that ``op`` takes: the explicit one, or the first of the table that can.
 
     Raises:
@@ -128,24 +177,28 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     chosen = _chosen.get((op, backend, device, dtype))
     if chosen is None:
         chosen = _select(op, backend, device, dtype)
-        if not torch.compiler.is_compiling():
+        # Triton on the CPU is there while a test's hook is.
+        lasting = not (backend == "triton" and device == "cpu")
+        if lasting and not torch.compiler.is_compiling():
             _chosen[op, backend, device, dtype] = chosen
+    if chosen == "triton" and head_dim > _TRITON_MAX_HEAD_DIM:
+        return _select(op, backend, device, dtype, head_dim)
     return chosen
 
 
 _chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
 
 
-def _select(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+def _select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
     if backend != "auto":
-        why = _why_not(op, backend, device, dtype)
+        why = _why_not(op, backend, device, dtype, head_dim)
         if why is not None:
             raise ValueError(f"fastattn::{op}: backend={backend!r} cannot serve this call: {why}")
         return backend
     for candidate in _AUTO.get(device, ("reference",)):
-        why = _why_not(op, candidate, device, dtype)
+        why = _why_not(op, candidate, device, dtype, head_dim)
         if why is None:
             break
     slow = candidate == "reference" and not (device == "cpu" and dtype == torch.float64)

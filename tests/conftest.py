@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -11,8 +12,10 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # read when torch is imp
 
 import torch
 
-# The fused backends that run on this machine's CPU. A new one joins every feature test by its name.
-KERNEL_BACKENDS = ("cpu",)
+# `make test-gpu` says "cuda": the same tests then make their tensors there (gpu_report.py).
+DEVICE = os.environ.get("FASTATTN_TEST_DEVICE", "cpu")
+# The fused backends by device. A new one joins every feature test by its name.
+KERNEL_BACKENDS = {"cpu": ("cpu",), "cuda": ("triton",)}[DEVICE]
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +23,8 @@ def _same_start() -> Iterator[None]:
     """Every test starts from the same generator state and leaves the thread count as it was."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    yield
+    with torch.device(DEVICE) if DEVICE != "cpu" else nullcontext():
+        yield
     torch.set_num_threads(threads)
 
 

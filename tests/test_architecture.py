@@ -20,7 +20,7 @@ ALLOWED = {
     "fastattn._debug": (),
     "fastattn.measure": (),
     "fastattn.reference": (),
-    "fastattn.backends": ("fastattn._C", "fastattn._C_cuda"),
+    "fastattn.backends": ("fastattn._C", "fastattn._C_cuda", "fastattn.kernels.launch"),
     "fastattn.kernels": ("fastattn.kernels",),
     "fastattn.ops": (
         "fastattn.ops",

@@ -118,7 +118,7 @@ def second(problem: Problem, attention: Any, cast: Any, **more: Any) -> dict[str
     """Gradients of a random contraction of the gradients, by name."""
     leaves = problem.leaves(cast)
     outputs = problem.call(attention, leaves, **more)
-    gen = torch.Generator().manual_seed(3)
+    gen = torch.Generator(problem.q.device).manual_seed(3)
 
     def random_like(x: Tensor) -> Tensor:
         return cast(torch.randn(x.shape, generator=gen)).to(x.dtype)

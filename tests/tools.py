@@ -93,7 +93,7 @@ class Problem:
     def upstream_for(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.upstream is not None:
             return self.upstream
-        gen = torch.Generator().manual_seed(7)
+        gen = torch.Generator(self.q.device).manual_seed(7)
         lse_dtype = torch.promote_types(self.q.dtype, torch.float32)
         return {
             n: torch.randn(x.shape, generator=gen).to(lse_dtype if n == "lse" else self.q.dtype)
@@ -400,6 +400,9 @@ def fake_grads(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tens
             arguments = [slots.get(i) for i in range(len(node._input_metadata))]
             grads = node.apply(*arguments) if hasattr(node, "apply") else node(*arguments)
         grads = grads if isinstance(grads, tuple) else (grads,)
+        if len(grads) > len(node.next_functions):  # a Function's inputs that are no tensors: None
+            there = iter([g for g in grads if g is not None])
+            grads = tuple(p and next(there, None) for p, _ in node.next_functions)
         for i, (parent, slot) in enumerate(node.next_functions):
             if parent is None:
                 continue

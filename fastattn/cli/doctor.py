@@ -7,14 +7,17 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import fastattn
+from fastattn import first_use
 from fastattn.backends import cpu_isa, cpu_isas
 
 # What each instruction set needs, in the names of /proc/cpuinfo.
@@ -44,6 +47,11 @@ def examine() -> dict[str, Any]:
             {"name": b.name, "usable": b.usable, "why": b.why, "details": _plain(b.details)}
             for b in fastattn.backends()
         ],
+        "first_use": {
+            "enabled": first_use.enabled(),
+            "file": str(first_use.cache_file()),
+            "verdicts": [asdict(v) for v in first_use.verdicts()],
+        },
     }
 
 
@@ -157,6 +165,20 @@ def render(facts: dict[str, Any], console: Console | None = None) -> None:
     for backend in facts["backends"]:
         table.add_row(backend["name"], _yes(backend["usable"]), backend["why"])
     console.print(table)
+
+    checks = facts["first_use"]
+    if checks["verdicts"]:
+        switch = "" if checks["enabled"] else " (switched off: FASTATTN_FIRST_USE)"
+        title = f"GPU kernels that checked themselves on this machine{switch}"
+        table = Table(title=title, title_justify="left")
+        for column in ("op", "architecture", "kernel", "verdict", "ms"):
+            table.add_column(column)
+        for v in checks["verdicts"]:
+            found = "[green]right[/]" if v["ok"] else f"[red]WRONG[/]: {escape(v['detail'])}"
+            table.add_row(v["op"], v["architecture"], v["variant"], found, str(v["milliseconds"]))
+        console.print(table)
+    elif not checks["enabled"]:
+        console.print("Checks of GPU kernels at first use are switched off (FASTATTN_FIRST_USE).")
 
     cpu = facts["cpu"]
     title = f"CPU: {cpu['model']}, {cpu['cores']} cores, active: {cpu['active']}"

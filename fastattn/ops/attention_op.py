@@ -3,6 +3,9 @@
 ``attention_fwd`` and ``attention_bwd`` serve padded and packed calls alike: with ``cu_seqlens_q``
 q, k, v are (T, H, D), else (B, H, S, D). Kernels register under their dispatch keys (the CPU ones
 in csrc/bindings/attention.cpp); this file holds what is the same for all of them.
+
+``attention_triton_fwd`` and ``_bwd`` are the same ops on the Triton kernels (registered in
+attention_triton.py): one more number, ``deterministic``, and otherwise made by the same functions.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ _SHARED = (
     "int causal, int window_left, int window_right, float softcap, float dropout_p, int weights, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
-_N_SHARED = _SHARED.count(",") + 1
+_N_TENSORS = _SHARED.count("?")
+
+# Suffix of the op names -> what their schemas have behind the shared numbers.
+_BACKENDS = {"": "", "_triton": ", bool deterministic"}
 
 # attention_bwd computes only what this bit set asks for; the other results are empty.
 NEED_DQ, NEED_DK, NEED_DV, NEED_DBIAS, NEED_DSINKS = 1, 2, 4, 8, 16
@@ -30,20 +36,21 @@ CAUSAL_NONE, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT = 0, 1, 2
 _lib = torch.library.Library("fastattn", "DEF")
 _lib.define("cpu_isas_available(int _) -> int")
 _lib.define("cpu_isa_force(int isa) -> int")
-_lib.define(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_SHARED})"
-    " -> (Tensor o, Tensor lse, Tensor lse_lo, Tensor weights)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
-    "attention_bwd(Tensor? do, Tensor? dlse, Tensor? dweights, Tensor q, Tensor k, Tensor v, "
-    f"Tensor? o, Tensor lse, Tensor lse_lo, {_SHARED}, int need)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _suffix, _more in _BACKENDS.items():
+    _lib.define(
+        f"attention{_suffix}_fwd(Tensor q, Tensor k, Tensor v, {_SHARED}{_more})"
+        " -> (Tensor o, Tensor lse, Tensor lse_lo, Tensor weights)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    _lib.define(
+        f"attention{_suffix}_bwd(Tensor? do, Tensor? dlse, Tensor? dweights, Tensor q, Tensor k, "
+        f"Tensor v, Tensor? o, Tensor lse, Tensor lse_lo, {_SHARED}{_more}, int need)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 
-def _empty_as(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+def empty_as(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
     """Memory order of every result: x's own where x is contiguous, else (B, S, H, D) memory,
     which is what a model that made heads by ``view(B, S, H, D).transpose(1, 2)`` reads next."""
     if x.dim() == 3 or x.is_contiguous():
@@ -52,10 +59,9 @@ def _empty_as(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return x.new_empty((b, s, h, d)).transpose(1, 2)
 
 
-@torch.library.register_fake("fastattn::attention_fwd", lib=_lib)  # type: ignore[untyped-decorator]
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:
     args = Shared(*shared)
-    o = _empty_as(q, (*q.shape[:-1], v.shape[-1]))
+    o = empty_as(q, (*q.shape[:-1], v.shape[-1]))
     f32: dict[str, Any] = {"dtype": torch.float32}
     if args.cu_seqlens_q is not None:
         b, h = args.cu_seqlens_q.shape[0] - 1, q.shape[1]
@@ -70,7 +76,6 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ..
     return o, lse, lse_lo, q.new_empty(shapes[args.weights])
 
 
-@torch.library.register_fake("fastattn::attention_bwd", lib=_lib)  # type: ignore[untyped-decorator]
 def _bwd_fake(
     do: Tensor | None,
     dlse: Tensor | None,
@@ -86,7 +91,7 @@ def _bwd_fake(
     args, need = Shared(*rest[:-1]), rest[-1]
 
     def same(x: Tensor, bit: int) -> Tensor:
-        return _empty_as(x, tuple(x.shape)) if need & bit else q.new_empty((0,))
+        return empty_as(x, tuple(x.shape)) if need & bit else q.new_empty((0,))
 
     def flat(x: Tensor | None, bit: int) -> Tensor:
         return x.new_empty(x.shape) if x is not None and need & bit else q.new_empty((0,))
@@ -122,6 +127,7 @@ class Shared:
     weights: int
     max_seqlen_q: int
     max_seqlen_k: int
+    deterministic: bool = True
 
     def reference_kwargs(self) -> dict[str, Any]:
         """The same call in the words of ``fastattn.reference``."""
@@ -160,45 +166,17 @@ def _remember(ctx: Any, needs: tuple[bool, ...], inputs: tuple[Any, ...], output
     o, lse, lse_lo, _ = output
     dq, dk, dv, dbias, dsinks = needs
     ctx.need = need = dq | dk << 1 | dv << 2 | dbias << 3 | dsinks << 4
-    ctx.numbers = shared[9:]
+    ctx.numbers = shared[_N_TENSORS:]
     ctx.set_materialize_grads(False)
     # dv = P^T do needs neither o nor delta.
-    ctx.save_for_backward(q, k, v, o if need & ~NEED_DV else None, lse, lse_lo, *shared[:9])
-
-
-def _gradients(
-    ctx: Any, do: Tensor | None, dlse: Tensor | None, dweights: Tensor | None
-) -> list[Tensor | None]:
-    """Of q, k, v, bias and sinks."""
-    if do is None and dlse is None and dweights is None:
-        return [None] * len(_NEED_BITS)
-    if ctx.numbers[_NUMBER_WEIGHTS] == WEIGHTS_NONE:
-        dweights = None
-    q, k, v, o, lse, lse_lo, *tensors = ctx.saved_tensors
-    if do is None:
-        o = None
-    need = ctx.need
-    grads = _backward(do, dlse, dweights, q, k, v, o, lse, lse_lo, *tensors, *ctx.numbers, need)
-    return [g if need & bit else None for g, bit in zip(grads, _NEED_BITS, strict=True)]
+    ctx.save_for_backward(
+        q, k, v, o if need & ~NEED_DV else None, lse, lse_lo, *shared[:_N_TENSORS]
+    )
 
 
 def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[2])
     _remember(ctx, tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE), inputs, output)
-
-
-def _fwd_backward(
-    ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any, dweights: Tensor | None
-) -> tuple[Any, ...]:
-    grads: list[Any] = [None] * (3 + _N_SHARED)
-    for i, grad in zip(_DIFFERENTIABLE, _gradients(ctx, do, dlse, dweights), strict=True):
-        grads[i] = grad
-    return tuple(grads)
-
-
-torch.library.register_autograd(
-    "fastattn::attention_fwd", _fwd_backward, setup_context=_fwd_setup, lib=_lib
-)
 
 
 def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -267,15 +245,10 @@ def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
     for original, x in zip(originals, leaves, strict=True):
         g = next(second) if x is not None else None
         out.append(None if g is None else g.to(original.dtype))
-    result: list[Any] = [None] * (9 + _N_SHARED + 1)
+    result: list[Any] = [None] * (9 + _N_TENSORS + len(ctx.numbers))
     result[:6] = out[:6]
     result[9 + 1], result[9 + 7] = out[6], out[7]
     return tuple(result)
-
-
-torch.library.register_autograd(
-    "fastattn::attention_bwd", _bwd_backward, setup_context=_bwd_setup, lib=_lib
-)
 
 
 def _vmap_of_none(op: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
@@ -332,18 +305,6 @@ def _vmap_batched(n_lead: int, op: Any) -> Any:
     return rule
 
 
-torch.library.register_vmap(
-    "fastattn::attention_fwd",
-    _vmap_batched(3, torch.ops.fastattn.attention_fwd),
-    lib=_lib,
-)
-torch.library.register_vmap(
-    "fastattn::attention_bwd",
-    _vmap_batched(9, torch.ops.fastattn.attention_bwd),
-    lib=_lib,
-)
-
-
 # ---- the eager path ----------------------------------------------------------------------------
 # register_autograd serves the compilers and direct calls of the op. In eager it costs 0.3 ms a call
 # (it reads the schema back, argument by argument) and does not serve torch.func, so eager calls go
@@ -385,63 +346,111 @@ def _flat_functions(name: str, op: Any, setup: Any, backward: Any, n_lead: int) 
     return _make_function(name, forward=eager_forward, backward=backward), functorch
 
 
-def _slim_forward(ctx: Any, *args: Any) -> Any:
-    # args: q, k, v, bias, sinks, all of shared in one tuple. Each further argument or result of a
-    # Function costs a call about a microsecond, forward and backward.
-    inputs = (*args[:3], *args[5])
-    o, lse, _, w = output = _below_autograd(_fwd_op, inputs)
-    _remember(ctx, ctx.needs_input_grad[:5], inputs, output)
-    return (o, lse, w) if inputs[3 + 9 + _NUMBER_WEIGHTS] else (o, lse)
-
-
-def _slim_backward(
-    ctx: Any, do: Tensor | None, dlse: Tensor | None, dweights: Tensor | None = None
-) -> tuple[Any, ...]:
-    return (*_gradients(ctx, do, dlse, dweights), None)
-
-
-_fwd_op = torch.ops.fastattn.attention_fwd.default
-_bwd_op = torch.ops.fastattn.attention_bwd.default
-_SlimForward = _make_function("_Forward", forward=_slim_forward, backward=_slim_backward)
-_, _ForwardFunctorch = _flat_functions("_Forward", _fwd_op, _fwd_setup, _fwd_backward, 3)
-_Backward, _BackwardFunctorch = _flat_functions("_Backward", _bwd_op, _bwd_setup, _bwd_backward, 9)
-
-
 def _functorch_active() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``attention_fwd`` with autograd: o, lse and, where asked for, the weights."""
-    if torch.compiler.is_compiling():
-        o, lse, _, w = _fwd_op(q, k, v, *shared)
-        return o, lse, w
-    bias, sinks = shared[_BIAS], shared[_SINKS]
-    # Forward-mode AD has no rule here, and an autograd Function says so; below autograd a tangent
-    # would be lost.
-    if torch.autograd.forward_ad._current_level < 0:
-        if _functorch_active():
-            o, lse, _, w = _ForwardFunctorch.apply(q, k, v, *shared)
+class _Ops:
+    """One backend's pair of ops with all that is the same for every backend: fake, autograd for the
+    compilers, autograd for eager, vmap."""
+
+    def __init__(self, suffix: str) -> None:
+        names = [f"attention{suffix}_{direction}" for direction in ("fwd", "bwd")]
+        packets = [getattr(torch.ops.fastattn, name) for name in names]
+        self.fwd_op, self.bwd_op = (packet.default for packet in packets)
+        self.eager_forward = _make_function(
+            "_Forward", forward=self._slim_forward, backward=self._slim_backward
+        )
+        _, self.functorch_forward = _flat_functions(
+            "_Forward", self.fwd_op, _fwd_setup, self._fwd_backward, 3
+        )
+        self.eager_backward, self.functorch_backward = _flat_functions(
+            "_Backward", self.bwd_op, _bwd_setup, _bwd_backward, 9
+        )
+        for name, packet, n_lead, fake, backward, setup in zip(
+            names, packets, (3, 9), (_fwd_fake, _bwd_fake), (self._fwd_backward, _bwd_backward),
+            (_fwd_setup, _bwd_setup), strict=True,
+        ):  # fmt: skip
+            full = f"fastattn::{name}"
+            torch.library.register_fake(full, fake, lib=_lib)
+            torch.library.register_autograd(full, backward, setup_context=setup, lib=_lib)
+            torch.library.register_vmap(full, _vmap_batched(n_lead, packet), lib=_lib)
+
+    def _gradients(
+        self, ctx: Any, do: Tensor | None, dlse: Tensor | None, dweights: Tensor | None
+    ) -> list[Tensor | None]:
+        """Of q, k, v, bias and sinks."""
+        if do is None and dlse is None and dweights is None:
+            return [None] * len(_NEED_BITS)
+        if ctx.numbers[_NUMBER_WEIGHTS] == WEIGHTS_NONE:
+            dweights = None
+        q, k, v, o, lse, lse_lo, *tensors = ctx.saved_tensors
+        if do is None:
+            o = None
+        need = ctx.need
+        grads = self.backward(
+            do, dlse, dweights, q, k, v, o, lse, lse_lo, *tensors, *ctx.numbers, need
+        )
+        return [g if need & bit else None for g, bit in zip(grads, _NEED_BITS, strict=True)]
+
+    def _fwd_backward(
+        self, ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any, dweights: Tensor | None
+    ) -> tuple[Any, ...]:
+        grads: list[Any] = [None] * (3 + _N_TENSORS + len(ctx.numbers))
+        for i, grad in zip(_DIFFERENTIABLE, self._gradients(ctx, do, dlse, dweights), strict=True):
+            grads[i] = grad
+        return tuple(grads)
+
+    def _slim_forward(self, ctx: Any, *args: Any) -> Any:
+        # args: q, k, v, bias, sinks, all of shared in one tuple. Each further argument or result of
+        # a Function costs a call about a microsecond, forward and backward.
+        inputs = (*args[:3], *args[5])
+        o, lse, _, w = output = _below_autograd(self.fwd_op, inputs)
+        _remember(ctx, ctx.needs_input_grad[:5], inputs, output)
+        return (o, lse, w) if inputs[3 + _N_TENSORS + _NUMBER_WEIGHTS] else (o, lse)
+
+    def _slim_backward(
+        self, ctx: Any, do: Tensor | None, dlse: Tensor | None, dweights: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        return (*self._gradients(ctx, do, dlse, dweights), None)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *shared: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The forward op with autograd: o, lse and, where asked for, the weights."""
+        if torch.compiler.is_compiling():
+            o, lse, _, w = self.fwd_op(q, k, v, *shared)
             return o, lse, w
-        if not torch.is_grad_enabled() or not (
-            q.requires_grad
-            or k.requires_grad
-            or v.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (sinks is not None and sinks.requires_grad)
-        ):
-            o, lse, _, w = _below_autograd(_fwd_op, (q, k, v, *shared))
-            return o, lse, w
-    o, lse, *weights = _SlimForward.apply(q, k, v, bias, sinks, shared)
-    return o, lse, weights[0] if weights else None
+        bias, sinks = shared[_BIAS], shared[_SINKS]
+        # Forward-mode AD has no rule here, and an autograd Function says so; below autograd a
+        # tangent would be lost.
+        if torch.autograd.forward_ad._current_level < 0:
+            if _functorch_active():
+                o, lse, _, w = self.functorch_forward.apply(q, k, v, *shared)
+                return o, lse, w
+            if not torch.is_grad_enabled() or not (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or (bias is not None and bias.requires_grad)
+                or (sinks is not None and sinks.requires_grad)
+            ):
+                o, lse, _, w = _below_autograd(self.fwd_op, (q, k, v, *shared))
+                return o, lse, w
+        o, lse, *weights = self.eager_forward.apply(q, k, v, bias, sinks, shared)
+        return o, lse, weights[0] if weights else None
+
+    def backward(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.bwd_op(*args)
+        if torch.autograd.forward_ad._current_level < 0:
+            if _functorch_active():
+                return self.functorch_backward.apply(*args)
+            if not torch.is_grad_enabled():
+                return _below_autograd(self.bwd_op, args)
+        return self.eager_backward.apply(*args)
 
 
-def _backward(*args: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return _bwd_op(*args)
-    if torch.autograd.forward_ad._current_level < 0:
-        if _functorch_active():
-            return _BackwardFunctorch.apply(*args)
-        if not torch.is_grad_enabled():
-            return _below_autograd(_bwd_op, args)
-    return _Backward.apply(*args)
+# The C++ kernels behind the CPU key, and the Triton kernels, which take ``deterministic`` as well.
+forward = _Ops("").forward
+forward_triton = _Ops("_triton").forward

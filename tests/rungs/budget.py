@@ -1,0 +1,128 @@
+"""The budget of rung (d): what each shipped kernel may take on each architecture.
+
+A row is a kernel as the launchers launch it for an architecture: dtype, head dim, features, tile.
+`budgets.json` has one line a row; `python -m rungs budgets --write` makes it. A figure worse than
+its line fails, and whatever the file says: spills must be 0, shared memory below the architecture's
+limit, and a 16-bit kernel must use the tensor cores in its loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tools import featured
+
+from .aot import ARCHS, CompileError, Figures, all_figures
+from .calls import attend, tiles_of
+from .driver import SHARED_LIMIT
+from .launches import Launch, recorded
+
+FILE = Path(__file__).with_name("budgets.json")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_DIMS = (32, 64, 128, 256)
+# "everything": every branch of the kernels at once, in 16 bit. "atomics": the backward's other way.
+FEATURES = ("plain", "causal", "everything", "atomics")
+NO_DOT = ("prepare_kernel", "dsinks_kernel")  # prepare has a product only for dweights
+
+
+@dataclass(frozen=True)
+class Row:
+    arch: str
+    dtype: str
+    head_dim: int
+    feature: str
+    launch: Launch
+
+    @property
+    def name(self) -> str:
+        tile = "x".join(str(self.launch.bound.get(n, "-")) for n in ("BLOCK_M", "BLOCK_N"))
+        options = f"w{self.launch.meta['num_warps']} s{self.launch.meta['num_stages']}"
+        return f"{self.dtype} d{self.head_dim} {self.feature} {self.launch.name} {tile} {options}"
+
+
+def rows(
+    archs: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int], features: Sequence[str]
+) -> Iterator[Row]:
+    """Every launch of a forward and backward of each combination; nothing runs."""
+    for arch in archs:
+        for dtype in dtypes:
+            for d in head_dims:
+                for feature in features:
+                    for launch in launches(arch, DTYPES[dtype], d, feature):
+                        yield Row(arch, dtype, d, feature, launch)
+
+
+def launches(arch: str, dtype: torch.dtype, head_dim: int, feature: str) -> list[Launch]:
+    torch.manual_seed(0)
+    name = {"everything": "all", "atomics": "causal"}.get(feature, feature)
+    problem = featured(name, b=2, h=4, hk=2, sq=256, sk=256, d=head_dim, dtype=dtype)
+    with tiles_of(arch), recorded() as found:
+        attend(problem, deterministic=feature != "atomics")
+    keep = {"atomics": ("by_keys_kernel",)}.get(feature)
+    return [x for x in found if keep is None or x.name in keep]
+
+
+def sample() -> list[Row]:
+    """What `make verify` compiles: the usual head dims, each architecture once or twice."""
+    found = list(rows(ARCHS, ["bf16"], [64], ["causal"]))
+    found += rows(["sm_80", "sm_90"], ["bf16"], [128], ["plain"])
+    found += rows(["sm_80"], ["fp32", "fp16"], [64], ["plain"])
+    return [row for row in found if row.launch.name not in NO_DOT]
+
+
+def full() -> list[Row]:
+    found = list(rows(ARCHS, list(DTYPES), HEAD_DIMS, ["plain", "causal"]))
+    found += rows(ARCHS, ["bf16"], [64, 128], ["everything", "atomics"])
+    return found
+
+
+def read() -> dict[str, dict[str, Figures]]:
+    raw = json.loads(FILE.read_text()) if FILE.exists() else {}
+    return {a: {n: Figures(**f) for n, f in lines.items()} for a, lines in raw.items()}
+
+
+def write(found: dict[str, dict[str, Figures]]) -> None:
+    """One line a row, sorted: a change reads as a diff."""
+    parts = []
+    for arch in sorted(found):
+        lines = [
+            f"  {json.dumps(n)}: {json.dumps(asdict(f))}" for n, f in sorted(found[arch].items())
+        ]
+        parts.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n }")
+    FILE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def rules(row: Row, now: Figures) -> list[str]:
+    """What holds whatever the budget says."""
+    wrong = []
+    if now.spills:
+        wrong.append(f"{now.spills} spill instructions in a shipped config")
+    if now.shared > SHARED_LIMIT[row.arch]:
+        wrong.append(f"shared {now.shared} > the limit {SHARED_LIMIT[row.arch]}")
+    if row.dtype != "fp32" and row.launch.name not in NO_DOT and now.mma == 0:
+        wrong.append("no tensor-core instruction in its loop")
+    return wrong
+
+
+def measure(found: Sequence[Row]) -> list[Figures | CompileError]:
+    return all_figures([(row.launch, row.arch) for row in found])
+
+
+def verdicts(found: Sequence[Row]) -> dict[str, list[str]]:
+    """What is wrong, by row; empty if all is well."""
+    budget = read()
+    wrong: dict[str, list[str]] = {}
+    for row, now in zip(found, measure(found), strict=True):
+        if isinstance(now, CompileError):
+            problems = [str(now)]
+        else:
+            allowed = budget.get(row.arch, {}).get(row.name)
+            problems = rules(row, now)
+            problems += ["is not in budgets.json"] if allowed is None else now.worse_than(allowed)
+        if problems:
+            wrong[f"{row.arch} {row.name}"] = problems
+    return wrong
