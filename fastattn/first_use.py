@@ -186,7 +186,7 @@ def _save(verdicts: dict[str, Verdict]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         with os.fdopen(handle, "w") as file:
             file.write(text)
-        os.replace(name, path)
+        Path(name).replace(path)
 
 
 def _warn(verdict: Verdict) -> None:

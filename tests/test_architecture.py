@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "fastattn._debug": (),
     "fastattn.measure": (),
+    "fastattn.first_use": (),
     "fastattn.reference": (),
     "fastattn.backends": ("fastattn._C", "fastattn._C_cuda", "fastattn.kernels.launch"),
     "fastattn.kernels": ("fastattn.kernels",),
@@ -26,6 +27,7 @@ ALLOWED = {
         "fastattn.ops",
         "fastattn.kernels",
         "fastattn.backends",
+        "fastattn.first_use",
         "fastattn.reference",
         "fastattn._debug",
     ),
@@ -39,6 +41,7 @@ SHIPPED_LAYERS = {
     "attention": (
         "csrc/cpu/attention.cpp",
         "csrc/bindings/attention.cpp",
+        "kernels/attention.py",
         "fastattn/ops/attention.py",
         "tests/test_attention.py",
         "bench/test_attention.py",

@@ -10,6 +10,8 @@ attention_triton.py): one more number, ``deterministic``, and otherwise made by 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,6 +311,18 @@ def _vmap_batched(n_lead: int, op: Any) -> Any:
 # register_autograd serves the compilers and direct calls of the op. In eager it costs 0.3 ms a call
 # (it reads the schema back, argument by argument) and does not serve torch.func, so eager calls go
 # through Functions of our own over the same setup and backward.
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records again inside the implementation of an op, which runs below it."""
+    keys = torch._C.DispatchKey
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
 
 
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastattn import first_use, reference
 from fastattn.backends import select
-from fastattn.ops.attention_op import Shared, empty_as
+from fastattn.ops.attention_op import Shared, empty_as, recording
 
 
 def _fwd(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:
@@ -75,7 +75,7 @@ def _trusted(q: Tensor, k: Tensor, v: Tensor, shared: Shared, how: str, check: A
     return False
 
 
-def _by_reference(leaves: list[Tensor], shared: Shared) -> tuple[Tensor, ...]:
+def _by_reference(leaves: list[Tensor], shared: Shared) -> Any:
     kwargs = shared.reference_kwargs()
     if shared.cu_seqlens_q is not None and shared.cu_seqlens_k is not None:
         q, k, v = leaves
@@ -95,7 +95,7 @@ def _fwd_by_reference(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[
 def _bwd_by_reference(
     upstream: Any, q: Tensor, k: Tensor, v: Tensor, shared: Shared, need: int
 ) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
+    with recording():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         for name in ("bias", "sinks"):
             x = getattr(shared, name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.ops.attention_op import Shared
+from fastattn.ops.attention_op import Shared, recording
 
 # Several tiles of every configuration, with a partial one; two heads of a group.
 _B, _SQ, _SK = 2, 150, 170
@@ -53,7 +53,7 @@ class SmallCall:
         self.packed = shared.cu_seqlens_q is not None
         if self.packed:
             self.qkv = randn(_SQ, heads, D), randn(_SK, 2, D), randn(_SK, 2, Dv)
-            sq, sk = 90, 130
+            sq, sk = 3 * _SQ // 5, 4 * _SK // 5
         else:
             self.qkv = randn(_B, heads, _SQ, D), randn(_B, 2, _SK, D), randn(_B, 2, _SK, Dv)
             sq, sk = _SQ, _SK
@@ -77,10 +77,10 @@ class SmallCall:
         self.shared = Shared(
             mask=mask,
             bias=None if shared.bias is None else floats(shared.bias, broadcast(shared.bias)),
-            q_lens=ints(shared.q_lens, 101, _SQ),
-            k_lens=ints(shared.k_lens, _SK, 77),
-            cu_seqlens_q=ints(shared.cu_seqlens_q, 0, 90, 140),
-            cu_seqlens_k=ints(shared.cu_seqlens_k, 0, 40, _SK),
+            q_lens=ints(shared.q_lens, 2 * _SQ // 3, _SQ),
+            k_lens=ints(shared.k_lens, _SK, _SK // 2),
+            cu_seqlens_q=ints(shared.cu_seqlens_q, 0, sq, _SQ - 5),
+            cu_seqlens_k=ints(shared.cu_seqlens_k, 0, _SK - sk, _SK),
             alibi_slopes=None
             if slopes is None
             else torch.rand((*(_B,) * (slopes.dim() - 1), heads), generator=gen).to(slopes),
@@ -88,8 +88,8 @@ class SmallCall:
             seed=ints(shared.seed, 12345),
             scale=D**-0.5,
             causal=shared.causal,
-            window_left=40 if shared.window_left >= 0 else -1,
-            window_right=30 if shared.window_right >= 0 else -1,
+            window_left=_SK // 4 if shared.window_left >= 0 else -1,
+            window_right=_SK // 5 if shared.window_right >= 0 else -1,
             softcap=5.0 if shared.softcap else 0.0,
             dropout_p=0.25 if shared.dropout_p else 0.0,
             weights=shared.weights,
@@ -111,6 +111,10 @@ class SmallCall:
             x = x.cpu()
             return x.to(dtype) if x.is_floating_point() else x
 
+        with recording():
+            return self._by_reference(host, grads)
+
+    def _by_reference(self, host: Any, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = [host(x).requires_grad_() for x in self.qkv]
         shared = Shared(*(host(getattr(self.shared, n)) for n in Shared.__slots__))
         if shared.alibi_slopes is not None:
@@ -118,13 +122,12 @@ class SmallCall:
         for name in ("bias", "sinks"):
             x = getattr(shared, name)
             leaves.append(x.requires_grad_() if x is not None else None)
-        fn = reference.attention
+        fn: Any = reference.attention
         args: list[Any] = leaves[:3]
         if self.packed:
             fn = reference.attention_varlen
             args += [shared.cu_seqlens_q, shared.cu_seqlens_k]
-        with torch.enable_grad():
-            found = fn(*args, **shared.reference_kwargs())
+        found = fn(*args, **shared.reference_kwargs())
         outputs = dict(zip(("o", "lse", "weights"), found, strict=False))
         result = {n: x.detach() for n, x in outputs.items()}
         if grads:
@@ -171,7 +174,7 @@ def check_forward(forward: Any, q: Tensor, k: Tensor, v: Tensor, shared: Shared)
 def check_backward(
     forward: Any,
     backward: Any,
-    upstream: tuple[bool, bool, bool],
+    upstream: tuple[bool, ...],
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,14 +1,16 @@
-"""The check before a kernel's first use, behind the stand-in driver, with kernels broken on purpose."""
+"""The check before a kernel's first use, behind the stand-in driver, on kernels with a bug."""
 
 import importlib.util
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from tools import Problem, featured, packed, padded, run
 from torch import Tensor
 
 import fastattn
@@ -16,6 +18,7 @@ from fastattn import first_use, reference
 from fastattn.cli import doctor
 from fastattn.kernels import attention as kernels
 from fastattn.ops import attention_op as op
+from fastattn.ops import attention_triton_check
 from rungs.driver import StandIn, standing_in
 
 KERNELS = Path(kernels.__file__).parent
@@ -30,18 +33,24 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(first_use, "architecture", lambda device: "sm_80")
     monkeypatch.setattr(first_use, "_verdicts", None)
+    # Several of the CPU's small tiles; a GPU's large ones need more, and there it costs nothing.
+    monkeypatch.setattr(attention_triton_check, "_SQ", 50)
+    monkeypatch.setattr(attention_triton_check, "_SK", 60)
     with standing_in(80, values=True) as stand_in:
         yield stand_in
 
 
-def break_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bug: tuple[str, str, str]) -> None:
+def break_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bug: tuple[str, str, str]
+) -> None:
     name, right, wrong = bug
     text = (KERNELS / f"{name}.py").read_text()
     assert text.count(right) == 1
     file = tmp_path / f"broken_{name}.py"
     file.write_text(text.replace(right, wrong))
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(kernels, {"attention_fwd": "fwd", "attention_bwd": "bwd"}[name], module)
@@ -66,7 +75,8 @@ def test_a_right_kernel_is_checked_once(gpu: StandIn, monkeypatch: pytest.Monkey
     torch.testing.assert_close(o, reference.attention(q, k, v), rtol=1e-5, atol=1e-5)
     assert len(gpu.launches) == 2  # the check's and ours
     (verdict,) = first_use.verdicts()
-    assert verdict.ok and verdict.architecture == "sm_80"
+    assert verdict.ok
+    assert verdict.architecture == "sm_80"
     assert verdict.variant == "float32 D16 forward"
     fastattn.attention(q, k, v, backend="triton")
     assert len(gpu.launches) == 3
@@ -75,10 +85,35 @@ def test_a_right_kernel_is_checked_once(gpu: StandIn, monkeypatch: pytest.Monkey
     assert len(gpu.launches) == 4
 
 
+def with_mean_weights() -> Problem:
+    problem = padded(b=1, h=4, hk=2, sq=20, sk=24, d=8, dropout_p=0.2, seed=3)
+    return problem.with_(return_weights="mean")
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "all": partial(featured, "all", b=2, h=4, hk=2, sq=20, sk=24, d=8),
+    "packed": partial(packed, (13, 0, 20), (20, 3, 20), h=2, d=12, causal=True),
+    "weights": with_mean_weights,
+    "half": partial(featured, "bias", b=2, h=2, sq=20, sk=24, d=8, dtype=torch.float16),
+    "wide_v": partial(padded, b=1, h=2, sq=20, sk=24, d=8, dv=24, causal="bottom_right"),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_features_are_checked_as_they_are_called(name: str) -> None:
+    """A small call is made of whatever the user's call has; a right kernel passes."""
+    run(PROBLEMS[name](), "triton")
+    verdicts = first_use.verdicts()
+    assert [(v.ok, v.detail) for v in verdicts] == [(True, "")] * 2
+    assert ["forward" in v.variant for v in verdicts] == [False, True]
+
+
 def test_a_wrong_forward_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     break_kernel(monkeypatch, tmp_path, LOST_RESCALE)
     q, k, v = inputs()
-    with pytest.warns(first_use.KernelMismatchWarning, match=r"float32 D16 forward is WRONG on sm_80"):
+    with pytest.warns(
+        first_use.KernelMismatchWarning, match=r"float32 D16 forward is WRONG on sm_80"
+    ):
         o = as_auto(q, k, v)
     torch.testing.assert_close(o, reference.attention(q, k, v))
     with warnings.catch_warnings():  # loud once
@@ -87,7 +122,8 @@ def test_a_wrong_forward_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(ValueError, match="disabled for float32 D16 forward on sm_80"):
         fastattn.attention(q, k, v, backend="triton")
     (verdict,) = first_use.verdicts()
-    assert not verdict.ok and "o is off by" in verdict.detail
+    assert not verdict.ok
+    assert "o is off by" in verdict.detail
 
 
 def test_a_wrong_backward_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -115,7 +151,8 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: Stan
     break_kernel(monkeypatch, tmp_path, LOST_RESCALE)
     monkeypatch.setenv("FASTATTN_FIRST_USE", "0")
     as_auto(*inputs())
-    assert len(gpu.launches) == 1 and not first_use.verdicts()
+    assert len(gpu.launches) == 1
+    assert not first_use.verdicts()
     # What was found wrong before stays disabled.
     monkeypatch.setenv("FASTATTN_FIRST_USE", "1")
     with pytest.warns(first_use.KernelMismatchWarning):
@@ -133,12 +170,15 @@ def test_not_while_a_graph_is_captured() -> None:
         calls.append(1)
 
     assert first_use.trusted("attention", "sm_80", "x", check, may_check=False)
-    assert not calls and not first_use.verdicts()
+    assert not calls
+    assert not first_use.verdicts()
     assert first_use.trusted("attention", "sm_80", "x", check)
     assert calls == [1]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"environment": {}, "verdicts": {}}', '{"verdicts": 3}'])
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"environment": {}, "verdicts": {}}', '{"verdicts": 3}']
+)
 def test_a_damaged_or_foreign_file_says_nothing(
     damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,4 +218,5 @@ def test_doctor_shows_the_table() -> None:
     with console.capture() as captured:
         doctor.render(facts, console)
     text = captured.get()
-    assert "WRONG: dq is off" in text and "bfloat16 D64 forward" in text
+    assert "WRONG: dq is off" in text
+    assert "bfloat16 D64 forward" in text
