@@ -6,8 +6,10 @@ in order. An explicit backend that cannot serve a call raises; ``auto`` takes th
 | device | order             | why                                                              |
 |--------|-------------------|------------------------------------------------------------------|
 | cpu    | cpu, reference    | the C++ kernels serve fp32, bf16 and fp16; fp64 is the oracle's  |
-| cuda   | triton, reference | Triton compiles for the device at first use; fp64 and head_dim   |
-|        |                   | above 256 go to plain PyTorch, with one warning                  |
+| cuda   | triton, reference | sm_80 and newer, gfx9: the one GPU backend; it compiles for the  |
+|        |                   | device and checks itself at first use (fastattn.first_use). fp64 |
+|        |                   | and head_dim above 256 go to plain PyTorch, with one warning, as |
+|        |                   | does everything on GPUs before sm_80, which Triton does not serve|
 | other  | reference         | plain PyTorch runs wherever torch does                           |
 """
 
@@ -91,6 +93,12 @@ def _triton_info() -> BackendInfo:
     return BackendInfo("triton", False, "torch sees no GPU (torch.cuda.is_available() is False)")
 
 
+def _new_enough() -> bool:
+    if torch.version.hip or not torch.cuda.is_available():  # fake tensors need no device
+        return True
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
 def _triton_missing() -> str | None:
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:  # no origin: a folder that happens to have the name
@@ -160,6 +168,8 @@ def _why_not(
             )
         if device not in ("cuda", "cpu"):
             return f"it takes CUDA tensors, got device {device!r}"
+        if device == "cuda" and not _new_enough():
+            return "Triton needs a GPU of compute capability 8.0 or later"
         if dtype not in _KERNEL_DTYPES:
             return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
         if head_dim > _TRITON_MAX_HEAD_DIM:
