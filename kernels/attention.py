@@ -21,6 +21,7 @@ from fastattn.kernels import attention_bwd as bwd
 from fastattn.kernels import attention_fwd as fwd
 from fastattn.kernels import configs
 from fastattn.kernels.launch import launch
+from fastattn.kernels.layout import empty_as
 
 _LOG2E = 1.4426950408889634
 _TINY = torch.finfo(torch.float32).tiny
@@ -45,7 +46,7 @@ def attention_forward(
         log2), both fp32 (B, H, Sq) or (H, Tq); weights (B, H, Sq, Sk), or (B, Sq, Sk) for the mean.
     """
     call = _Call(q, k, v, shared)
-    o = _empty_as(q, (*q.shape[:-1], v.shape[-1]))
+    o = empty_as(q, (*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty(call.lse_shape, dtype=_F32)
     lse_lo = torch.empty_like(lse)
     if call.packed:  # tokens of no sequence
@@ -105,7 +106,7 @@ def attention_backward(
     def result(x: Tensor, bit: int) -> Tensor | None:
         if not need & bit:
             return None
-        grad = _empty_as(x, tuple(x.shape))
+        grad = empty_as(x, tuple(x.shape))
         return grad.zero_() if call.packed else grad  # tokens of no sequence
 
     dq, dk, dv = result(q, NEED_DQ), result(k, NEED_DK), result(v, NEED_DV)
@@ -348,11 +349,3 @@ def _weights_strides(x: Tensor | None) -> tuple[int, ...]:
         b, i, j = x.stride()
         return (b, 0, i, j)
     return x.stride()
-
-
-def _empty_as(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x's memory order where x is contiguous, else (B, S, H, D) memory: what the op promises."""
-    if x.dim() == 3 or x.is_contiguous():
-        return x.new_empty(shape)
-    b, h, s, d = shape
-    return x.new_empty((b, s, h, d)).transpose(1, 2)

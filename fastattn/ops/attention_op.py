@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.kernels.layout import empty_as
+
 # Tensor arguments shared by both ops, then the numbers.
 _SHARED = (
     "Tensor? mask, Tensor? bias, Tensor? q_lens, Tensor? k_lens, Tensor? cu_seqlens_q, "
@@ -50,15 +52,6 @@ for _suffix, _more in _BACKENDS.items():
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-
-
-def empty_as(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """Memory order of every result: x's own where x is contiguous, else (B, S, H, D) memory,
-    which is what a model that made heads by ``view(B, S, H, D).transpose(1, 2)`` reads next."""
-    if x.dim() == 3 or x.is_contiguous():
-        return x.new_empty(shape)
-    b, h, s, d = shape
-    return x.new_empty((b, s, h, d)).transpose(1, 2)
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:

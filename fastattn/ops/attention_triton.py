@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastattn import first_use, reference
 from fastattn.backends import select
-from fastattn.ops.attention_op import Shared, empty_as, recording
+from fastattn.kernels.layout import empty_as
+from fastattn.ops.attention_op import Shared, recording
 
 
 def _fwd(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:

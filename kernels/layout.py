@@ -1,0 +1,16 @@
+"""What results look like in memory, for every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def empty_as(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """Memory order of every result: x's own where x is contiguous, else (B, S, H, D) memory,
+    which is what a model that made heads by ``view(B, S, H, D).transpose(1, 2)`` reads next."""
+    if x.dim() == 3 or x.is_contiguous():
+        return x.new_empty(shape)
+    b, h, s, d = shape
+    return x.new_empty((b, s, h, d)).transpose(1, 2)
