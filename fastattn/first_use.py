@@ -48,6 +48,7 @@ class Verdict:
 _lock = threading.RLock()
 _verdicts: dict[str, Verdict] | None = None  # None: the file was not read yet
 _local = threading.local()
+generation = 0  # grows when verdicts are dropped: what callers remember of them is void then
 
 
 def enabled() -> bool:
@@ -90,7 +91,7 @@ def trusted(
         known = verdicts.get(key)
         if known is not None:
             return known.ok
-        if not may_check or not enabled() or getattr(_local, "checking", False):
+        if not may_check or not enabled() or is_checking():
             return True
         _local.checking = True  # what the check itself calls is not checked again
         start = time.perf_counter()
@@ -117,9 +118,10 @@ def verdicts() -> list[Verdict]:
 
 def forget() -> None:
     """Drop all verdicts, in memory and on disk: the next use checks anew."""
-    global _verdicts
+    global _verdicts, generation
     with _lock:
         _verdicts = {}
+        generation += 1
         with contextlib.suppress(OSError):
             cache_file().unlink(missing_ok=True)
 
@@ -133,6 +135,11 @@ def explicit() -> Iterator[None]:
         yield
     finally:
         _local.explicit = former
+
+
+def is_checking() -> bool:
+    """Whether this thread is inside a check."""
+    return getattr(_local, "checking", False)
 
 
 def is_explicit() -> bool:

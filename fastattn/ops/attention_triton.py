@@ -23,12 +23,12 @@ from fastattn.ops.attention_op import Shared, recording
 def _fwd(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:
     from fastattn.kernels.attention import attention_forward
 
-    if first_use.architecture(q.device) is not None:
+    if not _passed(q, k, v, shared):
         from fastattn.ops.attention_triton_check import check_forward
 
         args = Shared(*shared)
         check = partial(check_forward, attention_forward, q, k, v, args)
-        if not _trusted(q, k, v, args, "forward", check):
+        if not _trusted(q, k, v, args, "forward", check, _key(q, k, v, shared)):
             return _fwd_by_reference(q, k, v, args)
     results: tuple[Tensor, ...] = attention_forward(q, k, v, *shared[:-1])
     return results
@@ -39,17 +39,19 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
     *tensors_and_numbers, deterministic, need = args
     q, k, v = args[3:6]
-    if first_use.architecture(q.device) is not None:
+    upstream = tuple(x is not None for x in args[:3])
+    if not _passed(q, k, v, args[9:-1], need, upstream):
         from fastattn.ops.attention_triton_check import check_backward
 
         shared = Shared(*args[9:-1])
-        upstream = tuple(x is not None for x in args[:3])
         check = partial(
             check_backward, attention_forward, attention_backward, upstream, q, k, v, shared, need,
             deterministic,
         )  # fmt: skip
-        how = f"backward {need}{'' if deterministic else ' atomic'}"
-        if not _trusted(q, k, v, shared, how, check):
+        given = "+".join(n for n, x in zip(("do", "dlse", "dweights"), upstream, strict=True) if x)
+        how = f"backward {need} of {given}{'' if deterministic else ' atomic'}"
+        key = _key(q, k, v, args[9:-1], need, upstream)
+        if not _trusted(q, k, v, shared, how, check, key):
             return _bwd_by_reference(args[:3], q, k, v, shared, need)
     grads: tuple[Tensor, ...] = attention_backward(
         *tensors_and_numbers, need=need, deterministic=deterministic
@@ -57,7 +59,35 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     return grads
 
 
-def _trusted(q: Tensor, k: Tensor, v: Tensor, shared: Shared, how: str, check: Any) -> bool:
+# Calls that need no further look: naming the variant of each would cost a small call 20 us.
+_seen: set[tuple[Any, ...]] = set()
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, shared: Any, *more: Any) -> tuple[Any, ...]:
+    """At least as fine as the variant's name."""
+    bias = shared[1]
+    tensors = tuple([x is None or x.dim() for x in shared[:9]])
+    numbers = tuple([x > 0 for x in shared[12:15]])  # window's right side, softcap, dropout
+    return (
+        first_use.generation, q.device, q.dtype, q.shape[-1], v.shape[-1],
+        q.shape[1] == k.shape[1], tensors, None if bias is None else (bias.dtype, *_ones(bias)),
+        shared[10], shared[11] >= 0, shared[12] >= 0, numbers, shared[15], shared[-1], more,
+    )  # fmt: skip
+
+
+def _ones(x: Tensor) -> list[bool]:
+    return [n == 1 for n in x.shape]
+
+
+def _passed(q: Tensor, k: Tensor, v: Tensor, shared: Any, *more: Any) -> bool:
+    if first_use.architecture(q.device) is None:
+        return True
+    return _key(q, k, v, shared, *more) in _seen
+
+
+def _trusted(
+    q: Tensor, k: Tensor, v: Tensor, shared: Shared, how: str, check: Any, key: tuple[Any, ...]
+) -> bool:
     from fastattn.ops.attention_triton_check import variant
 
     arch = first_use.architecture(q.device)
@@ -66,6 +96,8 @@ def _trusted(q: Tensor, k: Tensor, v: Tensor, shared: Shared, how: str, check: A
     name = variant(q, v, q.shape[1] // max(k.shape[1], 1), shared, how)
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     if first_use.trusted("attention", arch, name, check, may_check=not capturing):
+        if first_use.enabled() and not capturing and not first_use.is_checking():
+            _seen.add(key)
         return True
     if first_use.is_explicit():
         raise ValueError(

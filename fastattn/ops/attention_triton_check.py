@@ -21,7 +21,6 @@ def variant(q: Tensor, v: Tensor, group: int, shared: Shared, more: str = "") ->
     """What tells one set of compiled kernels from another, in words."""
     given = {
         "mask": shared.mask,
-        "bias": shared.bias,
         "lens": shared.q_lens if shared.q_lens is not None else shared.k_lens,
         "packed": shared.cu_seqlens_q,
         "alibi": shared.alibi_slopes,
@@ -34,6 +33,10 @@ def variant(q: Tensor, v: Tensor, group: int, shared: Shared, more: str = "") ->
         "causal": shared.causal or None,
     }
     words = [name for name, x in given.items() if x is not None]
+    if shared.bias is not None:  # its shape decides who owns which sum of its gradient
+        full = "bhij"[4 - shared.bias.dim() :]
+        letters = ("1" if n == 1 else x for n, x in zip(shared.bias.shape, full, strict=True))
+        words.append(f"bias[{''.join(letters)}] {str(shared.bias.dtype)[6:]}")
     head_dim = f"{q.shape[-1]}" if q.shape[-1] == v.shape[-1] else f"{q.shape[-1]}/{v.shape[-1]}"
     return " ".join([str(q.dtype)[6:], f"D{head_dim}", *words, *([more] if more else [])])
 

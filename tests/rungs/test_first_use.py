@@ -33,6 +33,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(first_use, "architecture", lambda device: "sm_80")
     monkeypatch.setattr(first_use, "_verdicts", None)
+    monkeypatch.setattr(first_use, "generation", object())
     # Several of the CPU's small tiles; a GPU's large ones need more, and there it costs nothing.
     monkeypatch.setattr(attention_triton_check, "_SQ", 50)
     monkeypatch.setattr(attention_triton_check, "_SK", 60)
@@ -131,7 +132,9 @@ def test_a_wrong_backward_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     leaves = inputs(requires_grad=True)
     o = as_auto(*leaves)
     do = torch.randn_like(o)
-    with pytest.warns(first_use.KernelMismatchWarning, match="dq is off by"):
+    with pytest.warns(
+        first_use.KernelMismatchWarning, match="backward 7 of do is WRONG.*dq is off by"
+    ):
         grads = torch.autograd.grad(o, leaves, do)
     right = torch.autograd.grad(reference.attention(*leaves), leaves, do)
     for grad, expected in zip(grads, right, strict=True):
