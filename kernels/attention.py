@@ -20,14 +20,21 @@ from torch import Tensor
 from fastattn.kernels import attention_bwd as bwd
 from fastattn.kernels import attention_fwd as fwd
 from fastattn.kernels import configs
+from fastattn.kernels.contract import (
+    NEED_DBIAS,
+    NEED_DK,
+    NEED_DQ,
+    NEED_DSINKS,
+    NEED_DV,
+    WEIGHTS_MEAN,
+    WEIGHTS_NONE,
+    empty_as,
+)
 from fastattn.kernels.launch import launch
-from fastattn.kernels.layout import empty_as
 
 _LOG2E = 1.4426950408889634
 _TINY = torch.finfo(torch.float32).tiny
 _F32 = torch.float32
-NEED_DQ, NEED_DK, NEED_DV, NEED_DBIAS, NEED_DSINKS = 1, 2, 4, 8, 16
-WEIGHTS_NONE, WEIGHTS_FULL, WEIGHTS_MEAN = 0, 1, 2
 MAX_HEAD_DIM = configs.BUCKETS[-1]
 
 

@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_common import (
+    diagonal,
     dropout_keep,
+    first_row_of,
     key_range,
     load_rows,
     locate,
@@ -112,17 +114,12 @@ def prepare_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """delta, and lse in units (+inf for a row without keys), both laid out as lse."""
-    b, h, first = locate(cu_q_ptr, tl.program_id(0), Sq, Tq, B, BLOCK_M, CAUSAL != 0)
-    if cu_q_ptr is None:
-        b = h // H
-        h = h % H
+    b, h, first = locate(cu_q_ptr, tl.program_id(0), Sq, Tq, B, H, BLOCK_M, CAUSAL != 0)
     q_start, q_len = sequence_of(b, q_lens_ptr, cu_q_ptr, Sq, Tq)
     b64 = b.to(tl.int64)
     h64 = h.to(tl.int64)
     rows = first + tl.arange(0, BLOCK_M)
-    row_at = h64 * Tq + q_start
-    if cu_q_ptr is None:
-        row_at = (b64 * H + h64) * Sq
+    row_at = first_row_of(cu_q_ptr, b64, h64, q_start, Sq, Tq, H)
     lse = tl.load(lse_ptr + row_at + rows, mask=rows < q_len, other=float("-inf"))
     none = lse == float("-inf")
     lse_units = tl.where(none, float("inf"), lse_in_units(lse, unit))
@@ -142,9 +139,7 @@ def prepare_kernel(
         delta -= tl.load(dlse_ptr + at, mask=rows < q_len, other=0.0)
     if dw_ptr is not None:
         k_start, k_len = sequence_of(b, k_lens_ptr, cu_k_ptr, Sk, Tk)
-        shift = 0
-        if CAUSAL == 2:
-            shift = k_len - q_len
+        shift = diagonal(q_len, k_len, CAUSAL)
         cols = tl.arange(0, BLOCK_N)
         dims = tl.arange(0, BLOCK_D)
         hk64 = (h // group).to(tl.int64)
@@ -195,16 +190,10 @@ def by_keys_kernel(
 ):  # fmt: skip
     """dk and dv of a block of keys; dq_ptr given: dq too, added into fp32 laid out (B, H, Sq, D) or
     (H, Tq, D). lse is in units. Tiles are (keys, rows), so that no product transposes its P."""
-    b, hk, first = locate(cu_k_ptr, tl.program_id(0), Sk, Tk, B, BLOCK_N, False)
-    heads_k = H // group
-    if cu_k_ptr is None:
-        b = hk // heads_k
-        hk = hk % heads_k
+    b, hk, first = locate(cu_k_ptr, tl.program_id(0), Sk, Tk, B, H // group, BLOCK_N, False)
     q_start, q_len = sequence_of(b, q_lens_ptr, cu_q_ptr, Sq, Tq)
     k_start, k_len = sequence_of(b, k_lens_ptr, cu_k_ptr, Sk, Tk)
-    shift = 0
-    if CAUSAL == 2:
-        shift = k_len - q_len
+    shift = diagonal(q_len, k_len, CAUSAL)
     b64 = b.to(tl.int64)
     hk64 = hk.to(tl.int64)
     keys = first + tl.arange(0, BLOCK_N)
@@ -230,9 +219,7 @@ def by_keys_kernel(
     full_hi = tl.where(first + BLOCK_N > k_len, 0, full_hi)
     for h in range(hk * group, (hk + 1) * group):
         h64 = tl.cast(h, tl.int64)
-        row_at = h64 * Tq + q_start
-        if cu_q_ptr is None:
-            row_at = (b64 * H + h64) * Sq
+        row_at = first_row_of(cu_q_ptr, b64, h64, q_start, Sq, Tq, H)
         q_base = q_ptr + b64 * stride_q[0] + h64 * stride_q[1] + q_start * stride_q[2]
         sums = tl.zeros((BLOCK_N,), tl.float32)
         for i0 in range(lo, hi, BLOCK_M):
@@ -331,15 +318,10 @@ def by_rows_kernel(
     DBIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of rows, and dbias where it is STORE or ROWS. lse is in units."""
-    b, h, first = locate(cu_q_ptr, tl.program_id(0), Sq, Tq, B, BLOCK_M, CAUSAL != 0)
-    if cu_q_ptr is None:
-        b = h // H
-        h = h % H
+    b, h, first = locate(cu_q_ptr, tl.program_id(0), Sq, Tq, B, H, BLOCK_M, CAUSAL != 0)
     q_start, q_len = sequence_of(b, q_lens_ptr, cu_q_ptr, Sq, Tq)
     k_start, k_len = sequence_of(b, k_lens_ptr, cu_k_ptr, Sk, Tk)
-    shift = 0
-    if CAUSAL == 2:
-        shift = k_len - q_len
+    shift = diagonal(q_len, k_len, CAUSAL)
     b64 = b.to(tl.int64)
     h64 = h.to(tl.int64)
     hk64 = (h // group).to(tl.int64)
@@ -348,9 +330,7 @@ def by_rows_kernel(
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     valid = rows < q_len
-    row_at = h64 * Tq + q_start
-    if cu_q_ptr is None:
-        row_at = (b64 * H + h64) * Sq
+    row_at = first_row_of(cu_q_ptr, b64, h64, q_start, Sq, Tq, H)
     q_base = q_ptr + b64 * stride_q[0] + h64 * stride_q[1] + q_start * stride_q[2]
     k_base = k_ptr + b64 * stride_k[0] + hk64 * stride_k[1] + k_start * stride_k[2]
     v_base = v_ptr + b64 * stride_v[0] + hk64 * stride_v[1] + k_start * stride_v[2]
@@ -467,13 +447,9 @@ def dbias_kernel(
         hk64 = tl.cast(h // group, tl.int64)
         q_start, q_len = sequence_of(b, q_lens_ptr, cu_q_ptr, Sq, Tq)
         k_start, k_len = sequence_of(b, k_lens_ptr, cu_k_ptr, Sk, Tk)
-        shift = 0
-        if CAUSAL == 2:
-            shift = k_len - q_len
+        shift = diagonal(q_len, k_len, CAUSAL)
         valid = rows < q_len
-        row_at = h64 * Tq + q_start
-        if cu_q_ptr is None:
-            row_at = (b64 * H + h64) * Sq
+        row_at = first_row_of(cu_q_ptr, b64, h64, q_start, Sq, Tq, H)
         q_base = q_ptr + b64 * stride_q[0] + h64 * stride_q[1] + q_start * stride_q[2]
         k_base = k_ptr + b64 * stride_k[0] + hk64 * stride_k[1] + k_start * stride_k[2]
         q = load_rows(q_base + q_at, rows, q_len, dims, D, BLOCK_D)

@@ -43,7 +43,7 @@ def packed_tile(cu_ptr, tile, B, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate(cu_ptr, tile, S, T, B, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def locate(cu_ptr, tile, S, T, B, heads, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """``(b, head, first)`` of a grid of (b, head, block of S) or, packed, of (head, tile).
 
     REVERSE: the last blocks first, where they have the most work (causal rows).
@@ -58,8 +58,8 @@ def locate(cu_ptr, tile, S, T, B, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
         if REVERSE:
             block = blocks - 1 - block
         first = block * BLOCK
-        head = tile // blocks
-        b = 0
+        b = tile // blocks // heads
+        head = tile // blocks % heads
     return b, head, first
 
 
@@ -79,6 +79,24 @@ def sequence_of(b, lens_ptr, cu_ptr, S, T):
         length = tl.load(lens_ptr + b).to(tl.int64)
         length = tl.minimum(tl.maximum(length, 0), S).to(tl.int32)
     return start, length
+
+
+@triton.jit
+def first_row_of(cu_ptr, b, head, start, S, T, H):
+    """Where a sequence's rows begin in lse and its like, (B, H, S) or packed (H, T); int64."""
+    at = head * T + start
+    if cu_ptr is None:
+        at = (b * H + head) * S
+    return at
+
+
+@triton.jit
+def diagonal(q_len, k_len, CAUSAL: tl.constexpr):
+    """Row i stands at key i + diagonal."""
+    shift = 0
+    if CAUSAL == 2:
+        shift = k_len - q_len
+    return shift
 
 
 @triton.jit

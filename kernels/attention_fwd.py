@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_common import (
+    diagonal,
     dropout_keep,
+    first_row_of,
     key_range,
     load_rows,
     locate,
@@ -47,15 +49,10 @@ def forward_kernel(
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    b, h, first = locate(cu_q_ptr, tl.program_id(0), Sq, Tq, B, BLOCK_M, CAUSAL != 0)
-    if cu_q_ptr is None:
-        b = h // H
-        h = h % H
+    b, h, first = locate(cu_q_ptr, tl.program_id(0), Sq, Tq, B, H, BLOCK_M, CAUSAL != 0)
     q_start, q_len = sequence_of(b, q_lens_ptr, cu_q_ptr, Sq, Tq)
     k_start, k_len = sequence_of(b, k_lens_ptr, cu_k_ptr, Sk, Tk)
-    shift = 0
-    if CAUSAL == 2:
-        shift = k_len - q_len
+    shift = diagonal(q_len, k_len, CAUSAL)
     b64 = b.to(tl.int64)
     h64 = h.to(tl.int64)
     hk64 = (h // group).to(tl.int64)
@@ -143,10 +140,9 @@ def forward_kernel(
 
     # A padded batch has rows beyond its length, to be zeroed; a packed one has other sequences.
     limit = q_len
-    row_at = h64 * Tq + q_start
+    row_at = first_row_of(cu_q_ptr, b64, h64, q_start, Sq, Tq, H)
     if cu_q_ptr is None:
         limit = Sq
-        row_at = (b64 * H + h64) * Sq
     tl.store(lse_ptr + row_at + rows, lse, mask=rows < limit)
     tl.store(lse_lo_ptr + row_at + rows, lse_lo, mask=rows < limit)
     o_base = o_ptr + b64 * stride_o[0] + h64 * stride_o[1] + q_start * stride_o[2]
@@ -180,9 +176,7 @@ def weights_kernel(
     h0 = outer % (H // heads) * heads
     q_start, q_len = sequence_of(b, q_lens_ptr, cu_q_ptr, Sq, Tq)
     k_start, k_len = sequence_of(b, k_lens_ptr, cu_k_ptr, Sk, Tk)
-    shift = 0
-    if CAUSAL == 2:
-        shift = k_len - q_len
+    shift = diagonal(q_len, k_len, CAUSAL)
     b64 = b.to(tl.int64)
     rows = first + tl.arange(0, BLOCK_M)
     keys = j0 + tl.arange(0, BLOCK_N)
@@ -209,9 +203,7 @@ def weights_kernel(
             slope_of(alibi_ptr, stride_alibi, b64, h64), scale, softcap, PLAIN,
         )  # fmt: skip
         x = tl.where(seen, x, float("-inf"))
-        row_at = h64 * Tq + q_start
-        if cu_q_ptr is None:
-            row_at = (b64 * H + h64) * Sq
+        row_at = first_row_of(cu_q_ptr, b64, h64, q_start, Sq, Tq, H)
         lse = tl.load(lse_ptr + row_at + rows, mask=rows < q_len, other=float("-inf"))
         lse_lo = tl.load(lse_lo_ptr + row_at + rows, mask=rows < q_len, other=0.0)
         lse = tl.where(lse == float("-inf"), float("inf"), lse_in_units(lse, unit))

@@ -293,7 +293,7 @@ Tensor empty(const Shape& shape, int32_t dtype) {
   return empty_strided(shape, strides, dtype);
 }
 
-// The memory order of a result: see empty_as in kernels/layout.py.
+// The memory order of a result: see empty_as in kernels/contract.py.
 Tensor empty_as(const Tensor& x, int64_t width) {
   const int32_t dtype = code_of(dtype_of(x, "q"));
   if (x.dim() == 3) return empty({x.size(0), x.size(1), width}, dtype);

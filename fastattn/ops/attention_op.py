@@ -18,7 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels.layout import empty_as
+from fastattn.kernels.contract import (
+    NEED_DBIAS,
+    NEED_DK,
+    NEED_DQ,
+    NEED_DSINKS,
+    NEED_DV,
+    WEIGHTS_FULL,
+    WEIGHTS_MEAN,
+    WEIGHTS_NONE,
+    empty_as,
+)
 
 # Tensor arguments shared by both ops, then the numbers.
 _SHARED = (
@@ -32,9 +42,6 @@ _N_TENSORS = _SHARED.count("?")
 # Suffix of the op names -> what their schemas have behind the shared numbers.
 _BACKENDS = {"": "", "_triton": ", bool deterministic"}
 
-# attention_bwd computes only what this bit set asks for; the other results are empty.
-NEED_DQ, NEED_DK, NEED_DV, NEED_DBIAS, NEED_DSINKS = 1, 2, 4, 8, 16
-WEIGHTS_NONE, WEIGHTS_FULL, WEIGHTS_MEAN = 0, 1, 2
 CAUSAL_NONE, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT = 0, 1, 2
 
 _lib = torch.library.Library("fastattn", "DEF")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastattn import first_use, reference
 from fastattn.backends import select
-from fastattn.kernels.layout import empty_as
+from fastattn.kernels.contract import empty_as
 from fastattn.ops.attention_op import Shared, recording
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,6 +58,37 @@ class CompileError(AssertionError):
 
 def figures(launch: Launch, arch: str) -> Figures:
     """Compile (unless that was done before) and read the machine code."""
+    (found,) = all_figures([(launch, arch)])
+    if isinstance(found, CompileError):
+        raise found
+    return found
+
+
+def all_figures(jobs: Iterable[tuple[Launch, str]]) -> list[Figures | CompileError]:
+    """In the order of `jobs`, two at a time.
+
+    In child processes, for two reasons: a compile to machine code resets the switch of the printer
+    that ttsem needs (semantics.py), and CPython 3.11's ast.parse is not safe in threads where the
+    garbage collector may run Python code ("AST constructor recursion depth mismatch"). Forked,
+    since launches hold kernels and tensors.
+    """
+    global _jobs
+    _jobs = list(jobs)
+    with ProcessPoolExecutor(JOBS, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_job, range(len(_jobs))))
+
+
+_jobs: list[tuple[Launch, str]] = []
+
+
+def _job(i: int) -> Figures | CompileError:
+    try:
+        return _figures(*_jobs[i])
+    except CompileError as error:
+        return error
+
+
+def _figures(launch: Launch, arch: str) -> Figures:
     to = target(arch)
     special = specialise(launch, to)
     everything = f"{special.key} {arch} {triton.__version__} {_own_source()}"
@@ -77,19 +109,6 @@ def figures(launch: Launch, arch: str) -> Figures:
         json.dump(asdict(found), file)
     Path(file.name).replace(kept)
     return found
-
-
-def all_figures(jobs: Iterable[tuple[Launch, str]]) -> list[Figures | CompileError]:
-    """In the order of `jobs`, two at a time: passes and ptxas run outside of Python's lock."""
-
-    def one(job: tuple[Launch, str]) -> Figures | CompileError:
-        try:
-            return figures(*job)
-        except CompileError as error:
-            return error
-
-    with ThreadPoolExecutor(JOBS) as pool:
-        return list(pool.map(one, jobs))
 
 
 @functools.cache

@@ -185,6 +185,18 @@ def _same_as_offline(source: Any, launch: Launch, cc: int) -> None:
         raise LaunchError(f"{launch.name}: rungs.launches.specialise differs from Triton's JIT")
 
 
+class _NoDevice:
+    """What is active after a stand-in where no driver was. Kernels that outlive the stand-in unload
+    themselves from the active driver when they are collected, at any time: were that to raise, the
+    traceback would be formatted in the middle of whatever runs, and inside ast.parse that is fatal
+    (CPython: "AST constructor recursion depth mismatch")."""
+
+    utils = SimpleNamespace(unload_module=lambda module: None)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no GPU driver is active: {name} (a launch outside of standing_in?)")
+
+
 @contextmanager
 def standing_in(cc: int = 80, values: bool = False) -> Iterator[StandIn]:
     """While open, Triton's current device is a stand-in of compute capability `cc`.
@@ -198,4 +210,4 @@ def standing_in(cc: int = 80, values: bool = False) -> Iterator[StandIn]:
         with taken(stand_in), unwritten_is_nan():
             yield stand_in
     finally:
-        driver._active = former
+        driver._active = former if former is not None else _NoDevice()

@@ -101,6 +101,8 @@ MUTATIONS = (
              "the gradient of lse is lost", "ttsem:plain"),
     Mutation("dsinks_sign", BWD, "total -= tl.where(seen", "total += tl.where(seen",
              "sinks learn the wrong way", "ttsem:sinks"),
+    Mutation("weights_sum_for_mean", FWD, "(total / heads)", "(total + 0.0)",
+             "averaged weights are summed", "ttsem:weights_mean"),
     Mutation("dq_not_scaled", BWD, "dq * scale, 0.0)", "dq * 1.0, 0.0)", "dq lacks the scale",
              "ttsem:plain"),
     # ---- what only a compiler or a launcher sees

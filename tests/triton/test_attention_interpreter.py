@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import interpreter
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from test_attention import LAYOUTS, in_layout
 from test_attention_backward import UPSTREAM
 from tools import (
-    DIFFERENTIABLE,
     DTYPES,
     FEATURES,
     KINDS,
@@ -32,7 +30,6 @@ from tools import (
 
 import fastattn
 from fastattn import reference
-from fastattn.kernels import attention as kernels
 from fastattn.kernels import configs
 
 SMALL = {"b": 2, "h": 2, "hk": 1, "sq": 37, "sk": 41, "d": 24, "dv": 20}
@@ -260,110 +257,6 @@ def test_offsets_beyond_31_bits() -> None:
         judge(problem, "triton")
 
 
-# ----------------------------------------------------------------------------------- hostile inputs
-
-
-def poisoned(problem: Problem, q_lens: torch.Tensor, k_lens: torch.Tensor) -> Problem:
-    """NaN and inf in all that lies beyond the lengths, upstream too."""
-    q, k, v = (x.clone() for x in (problem.q, problem.k, problem.v))
-    do = torch.randn(*q.shape[:-1], v.shape[-1]).to(q.dtype)
-    dlse = torch.randn(q.shape[:-1])
-    for b, (m, n) in enumerate(zip(q_lens.tolist(), k_lens.tolist(), strict=True)):
-        q[b, :, m:], k[b, :, n:], v[b, :, n:] = float("nan"), float("nan"), float("inf")
-        do[b, :, m:], dlse[b, :, m:] = float("nan"), float("nan")
-    problem = replace(problem, q=q, k=k, v=v, upstream={"o": do, "lse": dlse})
-    return problem.with_(q_lens=q_lens, k_lens=k_lens)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_nan_beyond_the_lengths_never_leaks(deterministic: bool, dtype: torch.dtype) -> None:
-    clean = padded(**SMALL, dtype=dtype, softcap=2.0, sinks=torch.randn(2))
-    dirty = poisoned(clean, torch.tensor([20, 37]), torch.tensor([33, 7]))
-    zero = {n: torch.nan_to_num(x, 0.0, 0.0, 0.0) for n, x in dirty.upstream.items()}
-    clean = replace(dirty, q=clean.q, k=clean.k, v=clean.v, upstream=zero)
-    got = run(dirty, "triton", deterministic=deterministic).all()
-    right = run(clean, "triton", deterministic=deterministic).all()
-    for name, x in right.items():
-        assert torch.equal(got[name], x), name
-        assert not x.isnan().any(), name
-
-
-def test_tokens_of_no_sequence() -> None:
-    """Behind cu_seqlens[-1]: o 0, lse -inf, gradients 0, whatever is stored there."""
-    problem = packed([5, 30], [40, 3], h=2, d=16, slack=4)
-    for x in (problem.q, problem.k, problem.v):
-        x[-4:] = float("nan")
-    for deterministic in (True, False):
-        got = run(problem, "triton", deterministic=deterministic)
-        assert got.outputs["o"][-4:].eq(0).all()
-        assert got.outputs["lse"][:, -4:].eq(float("-inf")).all()
-        for name in "qkv":
-            assert got.grads[name][-4:].eq(0).all(), name
-            assert got.grads[name].isfinite().all(), name
-
-
-@pytest.mark.parametrize("sinks", [False, True])
-def test_rows_without_keys(sinks: bool) -> None:
-    mask = torch.rand(2, 1, 37, 41) < 0.7
-    mask[0, 0, 3:20] = False
-    mask[1] = False
-    bias = torch.zeros(37, 41)
-    bias[30] = float("-inf")
-    problem = padded(**SMALL, mask=mask, bias=bias, return_weights=True)
-    if sinks:
-        problem = problem.with_(sinks=torch.tensor([0.5, -2.0]))
-    got = judge(problem, "triton")
-    assert got.outputs["o"][1].eq(0).all()
-    assert got.grads["q"][1].eq(0).all()
-
-
-def test_sinks_that_drown_the_keys_and_are_drowned() -> None:
-    judge(padded(**SMALL, sinks=torch.tensor([60.0, -60.0]), scale=0.5), "triton")
-
-
-def test_lengths_are_clamped_on_the_device() -> None:
-    """Nobody reads them on the host, so what lies is clamped: results stay those of right ones."""
-    q, k, v = (torch.randn(3, 2, 20, 16) for _ in range(3))
-    wild, tame = torch.tensor([-5, 7, 10**6]), torch.tensor([0, 7, 20])
-    for at in (2, 3):  # q_lens, k_lens
-        outs = []
-        for lens in (wild, tame):
-            shared = (*NOTHING[:at], lens, *NOTHING[at + 1 :], *numbers(20, 20))
-            o, lse, lo, _ = kernels.attention_forward(q, k, v, *shared)
-            grads = kernels.attention_backward(
-                o, lse, None, q, k, v, o, lse, lo, *shared, need=7, deterministic=True
-            )
-            outs.append((o, *grads[:3]))
-        for got, right in zip(*outs, strict=True):
-            assert torch.equal(got, right)
-
-
-def test_wild_cu_seqlens_stay_inside() -> None:
-    """Beyond the tokens, decreasing, negative: only clamped values are ever used as an index."""
-    q = torch.randn(20, 2, 16)
-    for wild in ([0, 50, 60], [0, 15, 5], [-7, 10, 20], [30, 40, 50]):
-        cu = torch.tensor(wild)
-        shared = (*NOTHING[:4], cu, cu, *NOTHING[6:], *numbers(20, 20))
-        seen: list[int] = []
-        spy_on_addresses(q, seen, lambda s=shared: kernels.attention_forward(q, q, q, *s))
-        assert all(0 <= at < q.nbytes for at in seen), wild
-
-
-def spy_on_addresses(x: torch.Tensor, seen: list[int], call: Any) -> None:
-    """Byte offsets into x of every load that is let through by its mask."""
-    original = interpreter._masked_load
-
-    def load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        if ptrs.data.size > 512 and ptrs.get_element_ty() == interpreter.tl.float32:
-            at = ptrs.data.astype(np.int64) - x.data_ptr()
-            seen.extend(at[np.broadcast_to(mask.data, at.shape)].ravel().tolist())
-        return original(self, ptrs, mask, *rest)
-
-    with mock.patch.object(interpreter, "_masked_load", load):
-        call()
-
-
 # ----------------------------------------------------------------------------------------- dropout
 
 
@@ -382,201 +275,6 @@ def test_dropout_mask_is_that_of_the_reference(p: float, seed: int) -> None:
     cu_q, cu_k = torch.tensor([0, 20, 40]), torch.tensor([0, 41, 82])
     _, w = fastattn.attention_varlen(q, k, k, cu_q, cu_k, **given_)
     assert torch.equal(w != 0, keep)
-
-
-# --------------------------------------------------------------------------------- what is computed
-
-
-@pytest.mark.parametrize("frozen", [1, 3, 5, 6, 7, 8, 11, 15, 19, 23, 24, 27, 28, 30])
-def test_only_inputs_that_need_a_gradient_get_one(frozen: int) -> None:
-    names = tuple(n for bit, n in enumerate(DIFFERENTIABLE) if frozen >> bit & 1)
-    problem = featured("bias", b=1, h=2, sq=20, sk=18, d=16).with_(sinks=torch.randn(2))
-    got = judge(replace(problem, frozen=names), "triton")
-    assert set(got.grads) == set(DIFFERENTIABLE) - set(names)
-
-
-@pytest.mark.parametrize("outputs", [("o",), ("lse",), ("weights",), ("lse", "weights")])
-@pytest.mark.parametrize("mean", [False, True])
-def test_upstream_gradient_of_some_outputs(outputs: tuple[str, ...], mean: bool) -> None:
-    problem = featured("bias", b=2, h=2, sq=20, sk=18, d=16)
-    problem = problem.with_(return_weights="mean" if mean else True, sinks=torch.randn(2))
-    weights = (2, 20, 18) if mean else (2, 2, 20, 18)
-    shapes = {"o": (2, 2, 20, 16), "lse": (2, 2, 20), "weights": weights}
-    judge(replace(problem, upstream={n: torch.randn(shapes[n]) for n in outputs}), "triton")
-
-
-def launches(call: Any) -> list[str]:
-    """Names of the kernels that a call launches; they still run."""
-    names = []
-    inner = interpreter.launcher.hook
-
-    def hook(kernel: Any, grid: Any, args: Any, meta: Any) -> bool:
-        names.append(kernel.fn.__name__)
-        assert len(grid) == 1
-        assert len(args) == len(kernel.arg_names)
-        return inner(kernel, grid, args, meta)
-
-    with mock.patch.object(interpreter.launcher, "hook", hook):
-        call()
-    return names
-
-
-def test_kernels_that_are_not_needed_are_not_launched() -> None:
-    def names(frozen: tuple[str, ...], **given_: Any) -> list[str]:
-        problem = replace(padded(b=1, h=1, sq=4, d=8, **given_), frozen=frozen)
-        return launches(lambda: run(problem, "triton"))
-
-    q = torch.randn(1, 1, 4, 8)
-
-    forward, prepare = "forward_kernel", "prepare_kernel"
-    keys, rows = "by_keys_kernel", "by_rows_kernel"
-    assert launches(lambda: fastattn.attention(q, q, q, backend="triton")) == [forward]
-    assert names(("k", "v")) == [forward, prepare, rows]
-    assert names(("q",)) == [forward, prepare, keys]
-    assert names(()) == [forward, prepare, keys, rows]
-    assert names((), deterministic=False) == [forward, prepare, keys]
-    qkv = ("q", "k", "v")
-    assert names(qkv, bias=torch.randn(4, 4)) == [forward, prepare, rows]
-    assert names(qkv, bias=torch.randn(4)) == [forward, prepare, keys]
-    assert names(qkv, sinks=torch.randn(1)) == [forward, prepare, "dsinks_kernel"]
-
-
-@pytest.mark.parametrize("feature", ["causal", "bias_fp32", "all"])
-def test_bitwise_repeatable_in_any_order(feature: str) -> None:
-    """No sum has two owners: the order of programs changes nothing, and no atomics run."""
-    problem = featured(feature, **SMALL)
-    first = run(problem, "triton").all()
-    shuffled = np.random.RandomState(5).permutation
-    with mock.patch.object(interpreter.Builder, "create_atomic_rmw", side_effect=AssertionError):
-        with interpreter.interpreted(shuffled):
-            for name, x in run(problem, "triton").all().items():
-                assert torch.equal(x, first[name]), name
-
-
-def test_the_order_shows_in_sums_that_are_shared() -> None:
-    """The check above can fail: with atomics it does."""
-    problem = padded(b=1, h=1, sq=20, sk=200, d=16)
-    first = run(problem, "triton", deterministic=False).grads["q"]
-    with interpreter.interpreted(lambda n: np.arange(n)[::-1]):
-        assert not torch.equal(run(problem, "triton", deterministic=False).grads["q"], first)
-
-
-def test_skipped_tiles_are_not_read() -> None:
-    """Causality, windows and lengths are bounds of the loops: work follows what is seen."""
-
-    def dots(**given_: Any) -> int:
-        problem = padded(b=1, h=1, sq=128, sk=128, d=8, **given_)
-        original = interpreter._dot
-        calls = 0
-
-        def count(*args: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return original(*args)
-
-        with mock.patch.object(interpreter, "_dot", count):
-            run(problem, "triton")
-        return calls
-
-    everything = dots()
-    assert dots(causal=True) < 0.7 * everything
-    assert dots(window=(16, 0)) < 0.45 * everything
-    assert dots(k_lens=torch.tensor([32])) < 0.4 * everything
-    assert dots(q_lens=torch.tensor([32])) < 0.4 * everything
-
-
-# ------------------------------------------------------------------------------------ autograd, API
-
-
-@pytest.mark.parametrize("feature", ["bottom_right", "bias", "sinks", "dropout", "weights"])
-def test_double_backward(feature: str) -> None:
-    from test_attention_backward import second
-
-    problem = featured(feature, b=1, h=2, hk=1, sq=19, sk=18, d=8)
-    got = second(problem, fastattn.attention, lambda x: x, backend="triton")
-    want = second(problem, reference.attention, lambda x: x.double())
-    for name, x in want.items():
-        torch.testing.assert_close(got[name].double(), x, rtol=1e-4, atol=1e-4, msg=name)
-
-
-def test_torch_func() -> None:
-    q, k, v = (torch.randn(3, 1, 2, 9, 8) for _ in range(3))
-
-    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
-        return fastattn.attention(q, k, v, causal=True, backend=backend).square().sum()
-
-    got, want = (
-        torch.func.vmap(torch.func.grad(lambda *x, b=b: loss(*x, b), argnums=(0, 1, 2)))(q, k, v)
-        for b in ("triton", "reference")
-    )
-    for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x, y)
-
-
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_opcheck(deterministic: bool) -> None:
-    ops = torch.ops.fastattn
-    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
-    shared = (None, torch.randn(9, 9), *NOTHING[2:], *numbers(9, 9, 1, 1), deterministic)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.attention_triton_fwd, (q, k, v, *shared), test_utils=tests)
-    o, lse, lo, w = ops.attention_triton_fwd(q, k, v, *shared)
-    args = (o, lse, w, q, k, v, o, lse, lo, *shared, 31)
-    torch.library.opcheck(ops.attention_triton_bwd, args, test_utils=tests)
-
-
-def test_compiles_without_a_graph_break() -> None:
-    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
-
-    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return fastattn.attention(q, k, v, causal=True, backend="triton", deterministic=False)
-
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    for x, y in zip(
-        torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v)),
-        torch.autograd.grad(f(q, k, v).sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y)
-
-
-def test_module_and_swap() -> None:
-    """End to end: a swapped encoder layer trains on the Triton kernels."""
-    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    x = torch.randn(2, 7, 16)
-    want = layer(x)
-    fastattn.swap(layer, backend="triton")
-    names = []
-
-    def call() -> None:
-        out = layer(x)
-        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
-        out.sum().backward()
-
-    names = launches(call)
-    assert names == ["forward_kernel", "prepare_kernel", "by_keys_kernel", "by_rows_kernel"]
-
-
-def test_without_an_interpreter_the_cpu_is_refused(not_interpreted: None) -> None:
-    q = torch.randn(1, 1, 4, 8)
-    with pytest.raises(ValueError, match=r"fastattn::attention: backend='triton'.*CUDA tensors"):
-        fastattn.attention(q, q, q, backend="triton")
-    with pytest.raises(ValueError, match="CUDA tensors"):
-        torch.ops.fastattn.attention_triton_fwd(q, q, q, *NOTHING, *numbers(4, 4), True)
-    row = {b.name: b for b in fastattn.backends()}["triton"]
-    assert row.usable == torch.cuda.is_available()
-    assert row.usable or "no GPU" in row.why
-
-
-def test_what_it_cannot_serve_is_named() -> None:
-    q = torch.randn(1, 1, 4, 257)
-    with pytest.raises(ValueError, match="head_dim up to 256, got 257"):
-        fastattn.attention(q, q, q, backend="triton")
-    with pytest.raises(ValueError, match="head_dim up to 256, got 300"):
-        fastattn.attention(q[..., :8], q[..., :8], torch.randn(1, 1, 4, 300), backend="triton")
-    with pytest.raises(ValueError, match="float32, bfloat16 and float16, got q.dtype"):
-        fastattn.attention(*(q[..., :8].double(),) * 3, backend="triton")
-    assert {b.name: b for b in fastattn.backends()}["triton"].usable
 
 
 # ------------------------------------------------------------------------------------------ configs
