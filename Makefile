@@ -18,10 +18,19 @@ BUILD := $(VENV)/.stamp-build
 # triton 3.8, so without its dependencies, and pinned. Another version is another stamp.
 TTSEM := ttsem==0.1.0
 RUNGS := $(VENV)/.stamp-$(subst ==,-,$(TTSEM))
+# Two independent descriptions of fragment layouts for the PTX simulator to agree with (of
+# nvidia-cutlass the headers are wanted alone), and a static verifier of PTX.
+ORACLES := tensor-layouts==0.3.2 nvidia-cutlass==4.2.0.0 sentryward==0.1.1
+SIM     := $(VENV)/.stamp-sim-$(subst ==,-,$(subst $() $(),-,$(ORACLES)))
+# nvcc of this machine, or else PyPI's.
+NVCC := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm
+# Development builds leave the CUDA extension out: minutes of nvcc, and nobody here could load it.
+# The simulators compile the same sources.
+export FASTATTN_CUDA ?= 0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo doctor test lint format verify verify-full budgets mutations bench wheel \
+.PHONY: help setup demo doctor test lint format verify verify-rungs verify-sim verify-full budgets mutations bench wheel \
         test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
@@ -66,7 +75,7 @@ doctor: $(BUILD)
 
 test: $(BUILD)
 	@mkdir -p build
-	$(BIN)/python -m pytest --basetemp=build/pytest-tmp --ignore=tests/rungs $(ARGS)
+	$(BIN)/python -m pytest --basetemp=build/pytest-tmp --ignore=tests/rungs --ignore=tests/sim $(ARGS)
 
 lint: $(BUILD)
 	$(BIN)/ruff check .
@@ -92,27 +101,37 @@ $(RUNGS): | $(DEPS)
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python "$(TTSEM)"
 	@touch $@
 
-verify: $(BUILD) $(RUNGS)
-	@mkdir -p build
-	$(BIN)/python -m pytest -q --basetemp=build/pytest-tmp tests/rungs $(ARGS)
+$(SIM): | $(DEPS)
+	$(BIN)/python -m pip install --quiet --no-deps $(ORACLES)
+	$(BIN)/python csrc/cuda/toolkit.py >/dev/null || $(BIN)/python -m pip install --quiet $(NVCC)
+	@touch $@
 
-verify-full: $(BUILD) $(RUNGS)
-	@mkdir -p build
-	$(BIN)/python -m pytest -q --basetemp=build/pytest-tmp --full tests/rungs
+# Two pytests at once: each is one process most of the time.
+verify: $(BUILD) $(RUNGS) $(SIM)
+	@mkdir -p build && rm -f build/verify-*.xml
+	@$(MAKE) --no-print-directory --output-sync=target -k -j2 verify-rungs verify-sim; \
+	status=$$?; $(BIN)/python tests/verify_table.py build/verify-*.xml && exit $$status
+
+verify-rungs verify-sim:
+	$(BIN)/python -m pytest -q --basetemp=build/$@-tmp --junitxml=build/$@.xml $(ARGS) tests/$(@:verify-%=%)
+
+verify-full:
+	@$(MAKE) --no-print-directory verify ARGS=--full
 	$(BIN)/python -m pip install --quiet "abi3audit>=0.0.20"
 	$(BIN)/python tests/verify_wheel.py $(ARGS)
 
-budgets: $(BUILD) $(RUNGS)
+budgets: $(BUILD) $(RUNGS) $(SIM)
+	PYTHONPATH=tests $(BIN)/python -m sim budgets --write
 	PYTHONPATH=tests $(BIN)/python -m rungs budgets --write
 
-mutations: $(BUILD) $(RUNGS)
+mutations: $(BUILD) $(RUNGS) $(SIM)
+	PYTHONPATH=tests $(BIN)/python -m sim mutations --write
 	PYTHONPATH=tests $(BIN)/python -m rungs mutants --write
 
-test-gpu: $(BUILD)
-	$(BIN)/python tests/gpu_report.py test $(ARGS)
-
-bench-gpu: $(BUILD)
-	$(BIN)/python tests/gpu_report.py bench $(ARGS)
+# With the CUDA extension where nvcc is found: minutes, the first time.
+test-gpu bench-gpu: $(BUILD)
+	FASTATTN_CUDA= $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python tests/gpu_report.py $(@:%-gpu=%) $(ARGS)
 
 clean:
 	rm -rf build dist demo-out bench/out fastattn/*.so $(DEPS) $(BUILD)

@@ -1,10 +1,26 @@
 """Extensions and package map only; metadata is in pyproject.toml. Nothing here probes hardware:
-instruction sets are compiled in and chosen at run time."""
+instruction sets are compiled in and chosen at run time.
 
+``fastattn._C`` (the CPU's kernels) is always built. ``fastattn._C_cuda`` is built where torch is a
+CUDA build and nvcc with its headers is found (csrc/cuda/toolkit.py). FASTATTN_CUDA=1 makes its
+absence an error, FASTATTN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST names the architectures.
+"""
+
+import os
 import platform
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from setuptools import setup
+import torch
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import toolkit  # noqa: E402
 
 # torch 2.10 is the oldest torch whose stable ABI has all that the bindings use; Python 3.10's
 # limited API is the oldest Python. One binary serves everything newer.
@@ -25,6 +41,100 @@ FLAGS = [
     "-Wno-psabi",  # vectors of two registers are passed by inlined functions alone
 ]
 X86 = ["avx2", "avx512", "amx"] if platform.machine() in ("x86_64", "AMD64") else []
+
+CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def gencode(archs: str) -> list[str]:
+    """nvcc's flags for a list in the form of TORCH_CUDA_ARCH_LIST: "8.0;9.0a;12.0+PTX"."""
+    flags = []
+    for arch in re.split(r"[;,\s]+", archs.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
+        if found is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is not of the form 8.0 or 12.0+PTX")
+        if int(found[1]) < 8:  # such lists are set for other packages too
+            print(f"fastattn has no kernels for {arch} of TORCH_CUDA_ARCH_LIST: they need 8.0")
+            continue
+        number = found[1] + found[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST={archs!r} names nothing from 8.0 on")
+    return flags
+
+
+class Build(BuildExtension):
+    """Compiles an extension's .cu files with nvcc first. They know nothing of torch, so torch's own
+    CUDAExtension, which wants a complete toolkit of torch's very version, is not needed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        shared = self.build_temp
+        # module.cpp is in every extension, compiled for each.
+        self.build_temp = str(Path(shared) / ext.name)
+        kernels = [s for s in ext.sources if s.endswith(".cu")]
+        if kernels:
+            ext.sources = [s for s in ext.sources if s not in kernels]
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            with ThreadPoolExecutor(jobs) as pool:
+                ext.extra_objects = [*pool.map(self._nvcc, kernels), *ext.extra_objects]
+        super().build_extension(ext)
+        self.build_temp = shared
+
+    def _nvcc(self, source: str) -> str:
+        out = Path(self.build_temp) / Path(source).with_suffix(".o")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        archs = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS)
+        command = [str(CUDA.nvcc), *NVCC_FLAGS, *archs, *CUDA.flags(), "-c", source, "-o", str(out)]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
+        return str(out)
+
+
+def cuda_toolkit() -> "toolkit.Toolkit | None":
+    """What _C_cuda is built with; None = it is not built, and the log says why."""
+    wish = os.environ.get("FASTATTN_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"FASTATTN_CUDA must be 0, 1 or unset, got {wish!r}")
+    if wish == "0":
+        return None
+    try:
+        if torch.version.cuda is None:
+            raise toolkit.ToolkitError(f"torch {torch.__version__} is not built for CUDA")
+        found = toolkit.find()
+        if found.version[0] != int(torch.version.cuda.split(".")[0]):
+            # Its runtime is linked in, and would want another driver than torch does.
+            raise toolkit.ToolkitError(
+                f"nvcc is of CUDA {found.version[0]}, torch of CUDA {torch.version.cuda}"
+            )
+        found.static_runtime()
+    except toolkit.ToolkitError as why:
+        if wish == "1":
+            raise SystemExit(f"FASTATTN_CUDA=1, but {why}") from None
+        print(f"fastattn is built without its CUDA kernels: {why}")
+        return None
+    return found
+
+
+def cuda_extension(found: "toolkit.Toolkit") -> Extension:
+    return CppExtension(
+        "fastattn._C_cuda",
+        [
+            "csrc/bindings/module.cpp",
+            "csrc/bindings/attention_cuda.cpp",
+            *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu")),
+        ],
+        include_dirs=[str(p) for p in found.headers],
+        libraries=["torch_cuda", "dl", "rt", "pthread"],
+        extra_objects=[str(found.static_runtime())],
+        extra_compile_args=[*DEFINES, *FLAGS, "-DUSE_CUDA"],
+        extra_link_args=["-Wl,--exclude-libs,ALL"],  # the runtime's symbols are nobody else's
+        py_limited_api=True,
+    )
+
+
+CUDA = cuda_toolkit()
 
 setup(
     packages=[
@@ -49,8 +159,9 @@ setup(
             ],
             extra_compile_args=DEFINES + FLAGS,
             py_limited_api=True,
-        )
+        ),
+        *([cuda_extension(CUDA)] if CUDA else []),
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

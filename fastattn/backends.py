@@ -6,10 +6,11 @@ in order. An explicit backend that cannot serve a call raises; ``auto`` takes th
 | device | order             | why                                                              |
 |--------|-------------------|------------------------------------------------------------------|
 | cpu    | cpu, reference    | the C++ kernels serve fp32, bf16 and fp16; fp64 is the oracle's  |
-| cuda   | triton, reference | sm_80 and newer, gfx9: the one GPU backend; it compiles for the  |
-|        |                   | device and checks itself at first use (fastattn.first_use). fp64 |
-|        |                   | and head_dim above 256 go to plain PyTorch, with one warning, as |
-|        |                   | does everything on GPUs before sm_80, which Triton does not serve|
+| cuda   | triton, cuda,     | sm_80 and newer (triton: gfx9 too), each checked at first use    |
+|        | reference         | (fastattn.first_use). triton first: it has both directions; cuda |
+|        |                   | has no backward of its own yet and borrows Triton's. fp64 and    |
+|        |                   | head_dim above 256 go to plain PyTorch, with one warning, as does|
+|        |                   | everything on GPUs before sm_80                                  |
 | other  | reference         | plain PyTorch runs wherever torch does                           |
 """
 
@@ -34,11 +35,25 @@ try:
 except ImportError as error:  # a source tree that was never built: every op says so by name
     _C_ERROR = str(error)
 
+try:
+    import fastattn._C_cuda  # registers the CUDA kernels
+
+    _C_CUDA_ERROR = ""
+except ImportError as error:  # built without: backend="cuda" says so by name
+    _C_CUDA_ERROR = str(error)
+
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
-_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
+}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_MAX_HEAD_DIM = 256
+_GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
+
+# True while a test runs the CUDA kernels on CPU tensors: it has loaded the binding that tests/sim
+# builds for them.
+cuda_stand_in = False
 
 # In the order of csrc/cpu/isa.h.
 _ISAS = ("portable", "avx2", "avx512", "amx")
@@ -76,7 +91,7 @@ def backends() -> list[BackendInfo]:
     return [
         cpu,
         _triton_info(),
-        BackendInfo("cuda", False, "the CUDA C++ kernels have not landed yet"),
+        _cuda_info(),
         BackendInfo("reference", True, "plain PyTorch on any device, every dtype; the oracle"),
     ]
 
@@ -91,6 +106,32 @@ def _triton_info() -> BackendInfo:
     if _triton_on_cpu():
         return BackendInfo("triton", True, "in Triton's interpreter on the CPU, for tests: slow")
     return BackendInfo("triton", False, "torch sees no GPU (torch.cuda.is_available() is False)")
+
+
+def _cuda_info() -> BackendInfo:
+    if cuda_stand_in:
+        return BackendInfo("cuda", True, "in the PTX simulator on the CPU, for tests: slow")
+    missing = _cuda_missing()
+    if missing is not None:
+        return BackendInfo("cuda", False, missing)
+    if not torch.cuda.is_available():
+        return BackendInfo("cuda", False, "torch sees no GPU (torch.cuda.is_available() is False)")
+    name = torch.cuda.get_device_name()
+    if not _new_enough():
+        return BackendInfo("cuda", False, f"{name} is older than compute capability 8.0")
+    why = "CUDA C++ kernels for fp32, bf16, fp16 (forward; gradients by triton or reference)"
+    return BackendInfo("cuda", True, why, {"device": name})
+
+
+def _cuda_missing() -> str | None:
+    if torch.version.hip:
+        return "its kernels are for NVIDIA GPUs; this torch is built for ROCm"
+    if _C_CUDA_ERROR:
+        return (
+            f"fastattn._C_cuda is not built or does not load ({_C_CUDA_ERROR}); build fastattn "
+            "with nvcc and FASTATTN_CUDA=1"
+        )
+    return None
 
 
 def _new_enough() -> bool:
@@ -170,12 +211,31 @@ def _why_not(
             return f"it takes CUDA tensors, got device {device!r}"
         if device == "cuda" and not _new_enough():
             return "Triton needs a GPU of compute capability 8.0 or later"
-        if dtype not in _KERNEL_DTYPES:
-            return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
-        if head_dim > _TRITON_MAX_HEAD_DIM:
-            return f"it supports head_dim up to {_TRITON_MAX_HEAD_DIM}, got {head_dim}"
-        return None
-    return "its kernels have not landed yet; see fastattn.backends()"
+        return _why_not_the_values(dtype, head_dim)
+    if device == "cpu" and not cuda_stand_in:
+        return "it takes CUDA tensors, got device 'cpu'"
+    if device not in ("cuda", "cpu"):
+        return f"it takes CUDA tensors, got device {device!r}"
+    if device == "cuda":
+        missing = _cuda_missing()
+        if missing is not None:
+            return missing
+        if not _new_enough():
+            return "the CUDA kernels need a GPU of compute capability 8.0 or later"
+    return _why_not_the_values(dtype, head_dim)
+
+
+def _why_not_the_values(dtype: torch.dtype, head_dim: int) -> str | None:
+    if dtype not in _KERNEL_DTYPES:
+        return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
+    if head_dim > _GPU_MAX_HEAD_DIM:
+        return f"it supports head_dim up to {_GPU_MAX_HEAD_DIM}, got {head_dim}"
+    return None
+
+
+def can_serve(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether ``backend`` could run the op on such tensors here; its first-use check aside."""
+    return _why_not(op, backend, device, dtype, head_dim) is None
 
 
 def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> str:
@@ -187,11 +247,11 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int
     chosen = _chosen.get((op, backend, device, dtype))
     if chosen is None:
         chosen = _select(op, backend, device, dtype)
-        # Triton on the CPU is there while a test's hook is.
-        lasting = not (backend == "triton" and device == "cpu")
+        # A GPU's kernels on the CPU are there while a test has made them so.
+        lasting = not (backend in ("triton", "cuda") and device == "cpu")
         if lasting and not torch.compiler.is_compiling():
             _chosen[op, backend, device, dtype] = chosen
-    if chosen == "triton" and head_dim > _TRITON_MAX_HEAD_DIM:
+    if chosen in ("triton", "cuda") and head_dim > _GPU_MAX_HEAD_DIM:
         return _select(op, backend, device, dtype, head_dim)
     return chosen
 

@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: one generator, one thread setting, the backends under test."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,7 +16,9 @@ import torch
 # `make test-gpu` says "cuda": the same tests then make their tensors there (gpu_report.py).
 DEVICE = os.environ.get("FASTATTN_TEST_DEVICE", "cpu")
 # The fused backends by device. A new one joins every feature test by its name.
-KERNEL_BACKENDS = {"cpu": ("cpu",), "cuda": ("triton",)}[DEVICE]
+# On a GPU CUDA C++ is one of them where nvcc was there to build it.
+_BUILT = ("cuda",) if importlib.util.find_spec("fastattn._C_cuda") else ()
+KERNEL_BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", *_BUILT)}[DEVICE]
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +41,19 @@ def kernel(request: pytest.FixtureRequest) -> str:
 def backend(request: pytest.FixtureRequest) -> str:
     """Any backend: for the contract that all of them hold (edge cases, errors, semantics)."""
     return request.param
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the part of make verify-full as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: minutes; only with --full (make verify-full)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full", default=False):
+        return
+    full = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=full)
+    items[:] = [item for item in items if not item.get_closest_marker("full")]

@@ -1,58 +1,26 @@
 // torch.ops.fastattn.attention_{fwd,bwd} on the CPU: checks, allocation, launch. Stable ABI only.
-//
-// The Python layer has named every mistake already; what is checked here keeps a direct call of the
-// op, or one compiled with other values, inside its tensors.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include <cmath>
-#include <cstdint>
-#include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "../cpu/attention.h"
 #include "../cpu/isa.h"
+#include "attention_args.h"
 
 namespace {
 
 using fastattn::AttentionGrads;
 using fastattn::AttentionParams;
-using fastattn::Broadcast;
-using fastattn::DType;
 using fastattn::Operand;
 using fastattn::Weights;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Opt = std::optional<Tensor>;
-
-#define FASTATTN_CHECK(cond, ...) STD_TORCH_CHECK(cond, "fastattn::attention: ", __VA_ARGS__)
-
-DType dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kF32;
-    case ScalarType::BFloat16:
-      return DType::kBf16;
-    case ScalarType::Half:
-      return DType::kF16;
-    case ScalarType::Bool:
-      return DType::kBool;
-    default:
-      STD_TORCH_CHECK(false, "fastattn::attention: ", name,
-                      " must be float32, bfloat16 or float16 for the CPU kernels");
-  }
-}
+using namespace fastattn::binding;
 
 fastattn::Parallel threads() {
   fastattn::Parallel p;
@@ -64,15 +32,6 @@ fastattn::Parallel threads() {
   };
   return p;
 }
-
-// The arguments that forward and backward share, in schema order.
-struct Shared {
-  Opt mask, bias, q_lens, k_lens, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed;
-  double scale;
-  int64_t causal, window_left, window_right;
-  double softcap, dropout_p;
-  int64_t weights, max_seqlen_q, max_seqlen_k;
-};
 
 // Values of a small integer tensor, as int64.
 std::vector<int64_t> integers(const Tensor& x, int64_t n, const char* name) {
@@ -96,32 +55,6 @@ std::vector<float> floats(const Tensor& x) {
   return std::vector<float>(p, p + f.numel());
 }
 
-Operand operand(const Tensor& x, bool packed) {
-  Operand o;
-  o.ptr = const_cast<void*>(x.const_data_ptr());
-  if (packed)
-    o.s = x.stride(0), o.h = x.stride(1), o.d = x.stride(2);
-  else
-    o.b = x.stride(0), o.h = x.stride(1), o.s = x.stride(2), o.d = x.stride(3);
-  return o;
-}
-
-// x as a broadcast view of (B, H, Sq, Sk); limits are checked so that no index leaves it.
-Broadcast broadcast(const Tensor& x, const int64_t (&limits)[4], const char* name) {
-  Broadcast out;
-  out.ptr = x.const_data_ptr();
-  out.dtype = dtype_of(x, name);
-  int64_t* const strides[4] = {&out.b, &out.h, &out.i, &out.j};
-  FASTATTN_CHECK(x.dim() <= 4, name, " must have at most 4 dimensions, got ", x.dim());
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    const int64_t at = 4 - x.dim() + d, n = x.size(d);
-    FASTATTN_CHECK(n == 1 || n >= limits[at], name, " dimension ", d, " must be 1 or ", limits[at],
-                   ", got ", n);
-    *strides[at] = n == 1 ? 0 : x.stride(d);
-  }
-  return out;
-}
-
 // Everything the launch needs that is not a view of a tensor.
 struct Call {
   AttentionParams p;
@@ -131,68 +64,23 @@ struct Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Shared& a) {
     packed = a.cu_seqlens_q.has_value();
-    const int64_t dims = packed ? 3 : 4;
-    for (const Tensor* x : {&q, &k, &v}) {
-      FASTATTN_CHECK(x->dim() == dims, "q, k and v must have ", dims, " dimensions, got ",
-                     x->dim());
-      FASTATTN_CHECK(x->scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
-    }
-    p.dtype = dtype_of(q, "q");
-    FASTATTN_CHECK(p.dtype != DType::kBool, "q must be float32, bfloat16 or float16");
-    const int64_t heads = 1, last = dims - 1;
-    p.H = q.size(heads), p.Hk = k.size(heads), p.D = q.size(last), p.Dv = v.size(last);
-    FASTATTN_CHECK(k.size(last) == p.D, "k must have head_dim ", p.D, " to match q, got ",
-                   k.size(last));
-    FASTATTN_CHECK(v.size(heads) == p.Hk, "v must have k's ", p.Hk, " heads, got ", v.size(heads));
-    FASTATTN_CHECK(p.H == p.Hk || (p.Hk > 0 && p.H % p.Hk == 0),
-                   "q's heads must be a multiple of k's, got ", p.H, " and ", p.Hk);
-    FASTATTN_CHECK(p.D > 0 && p.Dv > 0, "head_dim must be at least 1");
-    p.q = operand(q, packed), p.k = operand(k, packed), p.v = operand(v, packed);
+    set_qkv(p, q, k, v, packed);
     if (packed) {
-      set_packed(q, k, v, a);
+      set_packed(q, k, a);
     } else {
-      p.B = q.size(0), p.Sq = q.size(2), p.Sk = k.size(2);
-      FASTATTN_CHECK(k.size(0) == p.B && v.size(0) == p.B, "q, k and v must have one batch size");
-      FASTATTN_CHECK(v.size(2) == p.Sk, "v must have k's length ", p.Sk, ", got ", v.size(2));
       if (a.q_lens) p.q_len = lengths(*a.q_lens, p.B, p.Sq, "q_lens", q_len);
       if (a.k_lens) p.k_len = lengths(*a.k_lens, p.B, p.Sk, "k_lens", k_len);
     }
-    const int64_t limits[4] = {p.B, p.H, p.Sq, p.Sk};
-    if (a.mask) {
-      FASTATTN_CHECK(a.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-      p.mask = broadcast(*a.mask, limits, "mask");
-    }
-    if (a.bias) {
-      p.bias = broadcast(*a.bias, limits, "bias");
-      FASTATTN_CHECK(p.bias.dtype != DType::kBool, "bias must be float32, bfloat16 or float16");
-    }
+    set_features(p, a);
     if (a.alibi_slopes) {
-      const bool two = a.alibi_slopes->dim() == 2;
-      FASTATTN_CHECK(a.alibi_slopes->numel() == (two ? p.B : 1) * p.H,
-                     "alibi_slopes must have shape (H,) or (B, H)");
       alibi = floats(*a.alibi_slopes);
-      p.alibi = alibi.data(), p.alibi_b = two ? p.H : 0;
+      p.alibi = alibi.data();
     }
     if (a.sinks) {
-      FASTATTN_CHECK(a.sinks->numel() == p.H, "sinks must have shape (H,)");
       sinks = floats(*a.sinks);
       p.sinks = sinks.data();
     }
-    p.scale = float(a.scale), p.softcap = float(a.softcap);
-    FASTATTN_CHECK(a.causal >= 0 && a.causal <= 2, "causal must be 0, 1 or 2, got ", a.causal);
-    p.causal = fastattn::Causal(a.causal);
-    p.window_left = std::min(a.window_left, p.Sq + p.Sk);  // further is no further
-    p.window_right = std::min(a.window_right, p.Sq + p.Sk);
-    FASTATTN_CHECK(a.dropout_p >= 0. && a.dropout_p < 1., "dropout_p must be in [0, 1), got ",
-                   a.dropout_p);
-    p.dropout_p = a.dropout_p;
-    if (p.dropout_p > 0.) {
-      FASTATTN_CHECK(a.seed && a.seed->scalar_type() == ScalarType::Long && a.seed->numel() == 1,
-                     "dropout needs seed, a 1-element int64 tensor");
-      p.seed = uint64_t(*static_cast<const int64_t*>(a.seed->const_data_ptr()));
-    }
-    FASTATTN_CHECK(a.weights >= 0 && a.weights <= 2, "weights must be 0, 1 or 2");
-    p.weights_mode = Weights(a.weights);
+    if (p.dropout_p > 0.) p.seed = uint64_t(*static_cast<const int64_t*>(a.seed->const_data_ptr()));
   }
 
   // Strides of lse: (H, Tq) packed, (B, H, Sq) padded.
@@ -230,12 +118,10 @@ struct Call {
     return longest;
   }
 
-  void set_packed(const Tensor& q, const Tensor& k, const Tensor& v, const Shared& a) {
+  void set_packed(const Tensor& q, const Tensor& k, const Shared& a) {
     FASTATTN_CHECK(a.cu_seqlens_k, "cu_seqlens_k must come with cu_seqlens_q");
     FASTATTN_CHECK(a.cu_seqlens_q->dim() == 1 && a.cu_seqlens_q->size(0) >= 1,
                    "cu_seqlens_q must have shape (B + 1,)");
-    FASTATTN_CHECK(v.size(0) == k.size(0), "v must have k's ", k.size(0), " tokens, got ",
-                   v.size(0));
     p.B = a.cu_seqlens_q->size(0) - 1;
     p.Sq = starts(*a.cu_seqlens_q, p.B, q.size(0), "cu_seqlens_q", q_start, q_len);
     p.Sk = starts(*a.cu_seqlens_k, p.B, k.size(0), "cu_seqlens_k", k_start, k_len);
@@ -249,8 +135,6 @@ struct Call {
     p.q_start = q_start.data(), p.k_start = k_start.data();
   }
 };
-
-using Shape = std::vector<int64_t>;
 
 // A large result is touched first by the kernel, page by page: 250 faults a MB, a tenth of the time
 // of a backward that returns a full bias gradient. Only whole huge pages inside the tensor.
@@ -275,32 +159,12 @@ Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype) {
   return x;
 }
 
-int32_t code_of(DType dtype) {
-  switch (dtype) {
-    case DType::kBf16:
-      return aoti_torch_dtype_bfloat16();
-    case DType::kF16:
-      return aoti_torch_dtype_float16();
-    default:
-      return aoti_torch_dtype_float32();
-  }
-}
-
 Tensor empty(const Shape& shape, int32_t dtype) {
-  Shape strides(shape.size(), 1);
-  for (size_t d = shape.size(); d-- > 1;)
-    strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
-  return empty_strided(shape, strides, dtype);
+  return fastattn::binding::empty(empty_strided, shape, dtype);
 }
 
-// The memory order of a result: see empty_as in kernels/contract.py.
 Tensor empty_as(const Tensor& x, int64_t width) {
-  const int32_t dtype = code_of(dtype_of(x, "q"));
-  if (x.dim() == 3) return empty({x.size(0), x.size(1), width}, dtype);
-  const int64_t B = x.size(0), H = x.size(1), S = x.size(2);
-  if (x.is_contiguous()) return empty({B, H, S, width}, dtype);
-  const int64_t h = std::max<int64_t>(width, 1), s = std::max<int64_t>(H, 1) * h;
-  return empty_strided({B, H, S, width}, {std::max<int64_t>(S, 1) * s, h, s, 1}, dtype);
+  return fastattn::binding::empty_as(empty_strided, x, width);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
@@ -317,10 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
   const Shape lse_shape = call.packed ? Shape{p.H, q.size(0)} : Shape{p.B, p.H, p.Sq};
   const int32_t f32 = aoti_torch_dtype_float32();
   Tensor lse = empty(lse_shape, f32), lse_lo = empty(lse_shape, f32);
-  Shape w_shape = {0};
-  if (p.weights_mode == Weights::kFull) w_shape = {p.B, p.H, p.Sq, p.Sk};
-  if (p.weights_mode == Weights::kMean) w_shape = {p.B, p.Sq, p.Sk};
-  Tensor w = empty(w_shape, code_of(p.dtype));
+  Tensor w = empty(weights_shape(p), code_of(p.dtype));
   if (call.packed) {  // tokens of no sequence
     torch::stable::zero_(o);
     torch::stable::fill_(lse, -INFINITY);
@@ -328,10 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
   }
   p.o = operand(o, call.packed);
   call.set_lse(lse, lse_lo);
-  p.weights.ptr = const_cast<void*>(w.const_data_ptr());
-  if (p.weights_mode == Weights::kFull)
-    p.weights.b = p.H * p.Sq * p.Sk, p.weights.h = p.Sq * p.Sk, p.weights.s = p.Sk;
-  if (p.weights_mode == Weights::kMean) p.weights.b = p.Sq * p.Sk, p.weights.s = p.Sk;
+  set_weights(p, w);
   fastattn::attention_forward(p, threads());
   return {o, lse, lse_lo, w};
 }

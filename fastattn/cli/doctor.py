@@ -41,7 +41,8 @@ def examine() -> dict[str, Any]:
         },
         "torch": _torch(),
         "cpu": examine_cpu(),
-        "extension": _extension(),
+        "extension": _extension("_C"),
+        "extension_cuda": _extension("_C_cuda"),
         "compilers": {name: _compiler(name) for name in _compiler_names()},
         "backends": [
             {"name": b.name, "usable": b.usable, "why": b.why, "details": _plain(b.details)}
@@ -124,9 +125,9 @@ def _cpuinfo() -> tuple[set[str], str]:
     return flags, model
 
 
-def _extension() -> dict[str, Any]:
+def _extension(name: str) -> dict[str, Any]:
     try:
-        module = importlib.import_module("fastattn._C")
+        module = importlib.import_module(f"fastattn.{name}")
     except ImportError as error:
         return {"loaded": False, "why": str(error).splitlines()[0]}
     facts: dict[str, Any] = {"loaded": True, "file": Path(str(module.__file__)).name}
@@ -194,8 +195,9 @@ def render(facts: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(name, version or "[dim]not installed[/]")
     for name, value in facts["torch"].items():
         table.add_row(f"torch: {name.replace('_', ' ')}", str(value))
-    for name, value in facts["extension"].items():
-        table.add_row(f"fastattn._C: {name}", str(value))
+    for module, found in (("_C", "extension"), ("_C_cuda", "extension_cuda")):
+        for name, value in facts[found].items():
+            table.add_row(f"fastattn.{module}: {name}", str(value))
     for name, value in facts["compilers"].items():
         table.add_row(name, value or "[dim]not found[/]")
     console.print(table)

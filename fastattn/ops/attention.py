@@ -11,8 +11,8 @@ from torch import Tensor
 from fastattn import first_use, reference
 from fastattn.backends import select
 from fastattn.ops import attention_checks as check
+from fastattn.ops import attention_cuda, attention_triton  # noqa: F401  register implementations
 from fastattn.ops import attention_op as op
-from fastattn.ops import attention_triton  # noqa: F401  registers implementations
 
 Causal = bool | Literal["bottom_right"]
 Window = tuple[int | None, int | None]
@@ -71,7 +71,8 @@ def attention(
             "mean" their average over heads (B, Sq, Sk). Differentiable.
         deterministic: True: the backward is bitwise repeatable. False allows atomics, which save
             two of seven products (Triton; no CPU kernel uses any).
-        backend: "auto", "cpu", "triton", "cuda" or "reference".
+        backend: "auto", "cpu", "triton", "cuda" or "reference". "cuda" takes its gradients from the
+            Triton kernels, or from "reference" where Triton cannot serve the call.
 
     Returns:
         o (B, H, Sq, Dv) in q's dtype, or a tuple (o, lse), (o, weights) or (o, lse, weights).
@@ -262,10 +263,11 @@ def _run(
             found = reference.attention(q, k, v, **kwargs)
         o, lse, *rest = found
         w = rest[0] if rest else None
-    elif chosen == "triton":
-        named = first_use.explicit() if backend == "triton" else nullcontext()
+    elif chosen in ("triton", "cuda"):
+        forward = op.forward_triton if chosen == "triton" else op.forward_cuda
+        named = first_use.explicit() if backend == chosen else nullcontext()
         with named:
-            o, lse, w = op.forward_triton(q, k, v, *shared, deterministic)
+            o, lse, w = forward(q, k, v, *shared, deterministic)
     else:
         o, lse, w = op.forward(q, k, v, *shared)
     if return_lse:

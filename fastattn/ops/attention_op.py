@@ -5,7 +5,8 @@ q, k, v are (T, H, D), else (B, H, S, D). Kernels register under their dispatch 
 in csrc/bindings/attention.cpp); this file holds what is the same for all of them.
 
 ``attention_triton_fwd`` and ``_bwd`` are the same ops on the Triton kernels (registered in
-attention_triton.py): one more number, ``deterministic``, and otherwise made by the same functions.
+attention_triton.py), ``attention_cuda_fwd`` and ``_bwd`` on the CUDA C++ ones (attention_cuda.py):
+one more number, ``deterministic``, and otherwise made by the same functions.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _SHARED = (
 _N_TENSORS = _SHARED.count("?")
 
 # Suffix of the op names -> what their schemas have behind the shared numbers.
-_BACKENDS = {"": "", "_triton": ", bool deterministic"}
+_BACKENDS = {"": "", "_triton": ", bool deterministic", "_cuda": ", bool deterministic"}
 
 CAUSAL_NONE, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT = 0, 1, 2
 
@@ -59,6 +60,11 @@ for _suffix, _more in _BACKENDS.items():
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
+# What attention_cuda_fwd runs once its first-use check allows it; not for callers.
+_lib.define(
+    f"attention_cuda_kernel_fwd(Tensor q, Tensor k, Tensor v, {_SHARED})"
+    " -> (Tensor o, Tensor lse, Tensor lse_lo, Tensor weights)"
+)
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:
@@ -465,6 +471,7 @@ class _Ops:
         return self.eager_backward.apply(*args)
 
 
-# The C++ kernels behind the CPU key, and the Triton kernels, which take ``deterministic`` as well.
+# The C++ kernels behind the CPU key, and the GPU's, which take ``deterministic`` as well.
 forward = _Ops("").forward
 forward_triton = _Ops("_triton").forward
+forward_cuda = _Ops("_cuda").forward

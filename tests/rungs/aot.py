@@ -141,7 +141,7 @@ def read_cubin(cubin: bytes, shared: int) -> Figures:
         usage = _tool("cuobjdump", "-res-usage", file.name)
     registers = max(int(n) for n in re.findall(r"\bREG:(\d+)", usage))
     spills = sum(bool(_SPILL.search(line)) for line in sass.splitlines())
-    return Figures(registers, spills, shared, _in_loops(sass, _BRANCH, _MMA))
+    return Figures(registers, spills, shared, mma_in_loops(sass))
 
 
 def read_gcn(text: str, shared: int) -> Figures:
@@ -150,6 +150,11 @@ def read_gcn(text: str, shared: int) -> Figures:
     spills = len(re.findall(r"\bscratch_(?:load|store)", text))
     mma = _in_loops(text, _GCN_BRANCH, re.compile(r"\bv_s?mfmac?_"))
     return Figures(registers, spills, shared, mma)
+
+
+def mma_in_loops(sass: str) -> int:
+    """Tensor-core instructions in the loops of one function."""
+    return _in_loops(sass, _BRANCH, _MMA)
 
 
 def _in_loops(text: str, branch: re.Pattern[str], wanted: re.Pattern[str]) -> int:

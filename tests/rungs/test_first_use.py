@@ -17,8 +17,8 @@ import fastattn
 from fastattn import first_use, reference
 from fastattn.cli import doctor
 from fastattn.kernels import attention as kernels
+from fastattn.ops import attention_first_use
 from fastattn.ops import attention_op as op
-from fastattn.ops import attention_triton_check
 from rungs.driver import StandIn, standing_in
 
 KERNELS = Path(kernels.__file__).parent
@@ -35,8 +35,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     monkeypatch.setattr(first_use, "_verdicts", None)
     monkeypatch.setattr(first_use, "generation", object())
     # Several of the CPU's small tiles; a GPU's large ones need more, and there it costs nothing.
-    monkeypatch.setattr(attention_triton_check, "_SQ", 50)
-    monkeypatch.setattr(attention_triton_check, "_SK", 60)
+    monkeypatch.setattr(attention_first_use, "_SQ", 50)
+    monkeypatch.setattr(attention_first_use, "_SK", 60)
     with standing_in(80, values=True) as stand_in:
         yield stand_in
 
@@ -78,7 +78,7 @@ def test_a_right_kernel_is_checked_once(gpu: StandIn, monkeypatch: pytest.Monkey
     (verdict,) = first_use.verdicts()
     assert verdict.ok
     assert verdict.architecture == "sm_80"
-    assert verdict.variant == "float32 D16 forward"
+    assert verdict.variant == "triton float32 D16 forward"
     fastattn.attention(q, k, v, backend="triton")
     assert len(gpu.launches) == 3
     monkeypatch.setattr(first_use, "_verdicts", None)  # as another process finds it
@@ -113,14 +113,14 @@ def test_a_wrong_forward_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     break_kernel(monkeypatch, tmp_path, LOST_RESCALE)
     q, k, v = inputs()
     with pytest.warns(
-        first_use.KernelMismatchWarning, match=r"float32 D16 forward is WRONG on sm_80"
+        first_use.KernelMismatchWarning, match=r"triton float32 D16 forward is WRONG on sm_80"
     ):
         o = as_auto(q, k, v)
     torch.testing.assert_close(o, reference.attention(q, k, v))
     with warnings.catch_warnings():  # loud once
         warnings.simplefilter("error")
         torch.testing.assert_close(as_auto(q, k, v), reference.attention(q, k, v))
-    with pytest.raises(ValueError, match="disabled for float32 D16 forward on sm_80"):
+    with pytest.raises(ValueError, match="disabled for triton float32 D16 forward on sm_80"):
         fastattn.attention(q, k, v, backend="triton")
     (verdict,) = first_use.verdicts()
     assert not verdict.ok

@@ -1,5 +1,5 @@
 """A small fixed attention call with the features of a given one, and its comparison with the
-reference: what `fastattn.first_use` runs before a Triton kernel's first call on a machine."""
+reference: what `fastattn.first_use` runs before a GPU kernel's first call on a machine."""
 
 from __future__ import annotations
 
@@ -166,7 +166,8 @@ def _wrong(found: dict[str, Tensor], right: dict[str, Tensor], plain: dict[str, 
 
 
 def check_forward(forward: Any, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> str | None:
-    """Run ``forward`` (of kernels/attention.py) on a small call; what is wrong, or None."""
+    """Run ``forward`` (a backend's, with the op's arguments) on a small call; what is wrong, or
+    None."""
     small = SmallCall(q, k, v, shared)
     o, lse, _, w = forward(*small.arguments())
     found = {"o": o, "lse": lse} | ({"weights": w} if shared.weights else {})

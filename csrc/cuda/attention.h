@@ -1,0 +1,81 @@
+// Fused attention on NVIDIA GPUs (sm_80 and newer): the torch-free interface.
+//
+//   S = q k^T, logits = features(scale * S), P = softmax(logits), o = dropout(P) v
+//
+// B batch, H query heads, Hk key/value heads, Sq / Sk rows of q / k, D and Dv head dims. The caller
+// owns every pointer; kernels write only o, lse, lse_lo and weights, and all of each that lies in a
+// sequence (padded: rows beyond a length as well). Values on the device (lengths, cu_seqlens, seed)
+// are read there, never on the host, and clamped so that no access leaves a tensor.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../operands.h"
+
+namespace fastattn::cuda {
+
+// int32 or int64 values on the device; null = absent.
+struct Integers {
+  const void* ptr = nullptr;
+  bool wide = false;  // int64
+};
+
+struct AttentionParams {
+  int B = 0, H = 0, Hk = 0, D = 0, Dv = 0;
+  int Sq = 0, Sk = 0;      // padded: of the tensors; packed: the longest sequence; sum < 2^30
+  int64_t Tq = 0, Tk = 0;  // packed: tokens
+  DType dtype = DType::kF32;
+  Operand q, k, v;
+  Operand o;                // unit stride in d
+  float* lse = nullptr;     // (B, H, Sq) or packed (H, Tq), contiguous; natural log
+  float* lse_lo = nullptr;  // what fp32 lse cannot hold, in log2; same shape
+
+  Integers q_lens, k_lens;  // (B,)
+  Integers cu_q, cu_k;      // (B + 1,): present = packed
+
+  Broadcast mask, bias;
+  const float* alibi = nullptr;  // slope of (b, h) at alibi[b * alibi_b + h]
+  int64_t alibi_b = 0;
+  const float* sinks = nullptr;  // (H,)
+  float scale = 1.f;
+  float softcap = 0.f;  // 0 = off
+  Causal causal = Causal::kNone;
+  int window_left = -1, window_right = -1;  // -1 = unlimited; at most Sq + Sk
+  double dropout_p = 0.;
+  const int64_t* seed = nullptr;  // one element
+
+  Weights weights_mode = Weights::kNone;
+  Operand weights;  // kFull (B, H, Sq, Sk), kMean (B, Sq, Sk) with h = 0
+};
+
+// What was launched, for the message where it fails.
+struct Launch {
+  cudaError_t error = cudaSuccess;
+  const char* kernel = "";
+  unsigned grid = 0, block = 0, shared = 0;  // shared: dynamic bytes a block
+};
+
+// What was compiled: for budgets and benches.
+struct VariantInfo {
+  const char* kernel;
+  DType dtype;
+  int head_dim;  // the widest it serves
+  bool laden;    // serves every feature, not scale, causal, window, lengths and sinks alone
+  int rows, keys, threads, shared;
+};
+
+// The widest head dim that the kernels serve.
+constexpr int kMaxHeadDim = 256;
+
+// o, lse, lse_lo. D, Dv in [1, kMaxHeadDim], checked by the caller.
+Launch attention_forward(const AttentionParams& p, cudaStream_t stream);
+// weights, from the lse and lse_lo of attention_forward; every element is written.
+Launch attention_weights(const AttentionParams& p, cudaStream_t stream);
+
+// Writes up to `capacity` entries and returns how many there are.
+int attention_forward_variants(VariantInfo* out, int capacity);
+int attention_weights_variants(VariantInfo* out, int capacity);
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,41 @@
+// One launch of one compiled variant of a kernel, for launchers that choose theirs from a table.
+#pragma once
+
+#include "attention.h"
+#include "platform.cuh"
+
+namespace fastattn::cuda {
+
+// A compiled kernel and what it is: a line of a launcher's table.
+template <typename... Args>
+struct Variant : VariantInfo {
+  void (*function)(Args...);
+};
+
+template <typename Variant, int kCount>
+int list(const Variant (&variants)[kCount], VariantInfo* out, int capacity) {
+  for (int i = 0; i < kCount && i < capacity; ++i) out[i] = variants[i];
+  return kCount;
+}
+
+// Blocks in x alone: y and z end at 65535.
+template <typename... Args>
+void launch(Launch& out, const Variant<Args...>& v, int64_t blocks, cudaStream_t stream,
+            const Args&... args) {
+  out.block = unsigned(v.threads), out.shared = unsigned(v.shared);
+  if (blocks > INT32_MAX) {
+    out.error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  out.grid = unsigned(blocks);
+  out.error = cudaFuncSetAttribute(reinterpret_cast<const void*>(v.function),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared);
+  if (out.error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would report it again
+    return;
+  }
+  FASTATTN_LAUNCH(v.function, out.grid, out.block, size_t(v.shared), stream, args...);
+  out.error = cudaGetLastError();
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,198 @@
+"""The budget of the CUDA kernels: what each compiled variant may take on each architecture.
+
+The .cu files are compiled for an architecture to a cubin, and that is read, kernel by kernel:
+registers, spill instructions, tensor-core instructions in loops; blocks an SM follow from registers
+and shared memory. `budgets.json` has one line a variant (`python -m sim budgets --write`). A figure
+worse than its line fails, and whatever the file says: no spills, shared memory below the
+architecture's limit, tensor cores in the loop, and where `rules` asks for it 2 blocks or 8 warps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rungs.aot import TOOLS, mma_in_loops
+
+from . import build
+
+FILE = Path(__file__).with_name("budgets.json")
+SAMPLE = ("sm_80",)  # what `make verify` compiles
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")  # what the wheel holds
+_KB = 1024
+# Bytes of shared memory: of an SM, and the most a block may ask for. The system keeps 1 KB a block.
+_SHARED = {
+    "sm_80": (164 * _KB, 163 * _KB),
+    "sm_90": (228 * _KB, 227 * _KB),
+    "sm_100": (228 * _KB, 227 * _KB),
+    "sm_120": (100 * _KB, 99 * _KB),
+}
+_REGISTERS = 65536  # an SM, all architectures here
+_WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
+
+_ELEMENTS = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+_DTYPES = {0: "fp32", 1: "bf16", 2: "fp16"}  # csrc/operands.h
+_KERNEL = re.compile(r"(\d+)(attention_\w+?_kernel)INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one variant on one architecture."""
+
+    registers: int  # a thread
+    spills: int  # instructions that store to or load from local memory
+    mma: int  # tensor-core instructions inside loops, as written
+    shared: int  # bytes a block, dynamic
+    blocks: int  # that fit an SM at once
+    warps: int  # those blocks have
+
+    def worse_than(self, allowed: Figures) -> list[str]:
+        wrong = []
+        for name in ("registers", "spills", "shared"):
+            if getattr(self, name) > getattr(allowed, name):
+                wrong.append(f"{name} {getattr(self, name)} > {getattr(allowed, name)}")
+        for name in ("mma", "blocks"):
+            if getattr(self, name) < getattr(allowed, name):
+                wrong.append(f"{name} {getattr(self, name)} < {getattr(allowed, name)}")
+        return wrong
+
+
+class BudgetError(AssertionError):
+    """A kernel takes more than it may, or does not compile."""
+
+
+def measure(arch: str) -> dict[str, Figures]:
+    """Figures by variant, e.g. "attention_fwd_kernel bf16 d64 plain"."""
+    from .kernels import module
+
+    cuda = module().cuda
+    read = _read(arch)
+    found = {}
+    for v in (*cuda.attention_forward_variants(), *cuda.attention_weights_variants()):
+        kind = "laden" if v["laden"] else "plain"
+        name = f"{v['kernel']} {_DTYPES[v['dtype']]} d{v['head_dim']} {kind}"
+        if name not in read:
+            raise BudgetError(f"{arch}: {name} is in the launcher's table, not in the cubin")
+        registers, spills, mma = read.pop(name)
+        blocks = _blocks(arch, registers, v["threads"], v["shared"])
+        found[name] = Figures(
+            registers, spills, mma, v["shared"], blocks, blocks * v["threads"] // 32
+        )
+    if read:
+        raise BudgetError(f"{arch}: compiled, but in no launcher's table: {', '.join(read)}")
+    return found
+
+
+def _blocks(arch: str, registers: int, threads: int, shared: int) -> int:
+    """CUDA's occupancy arithmetic: registers are given by warp, in units of 256."""
+    of_a_warp = -(-registers * 32 // 256) * 256
+    warps = threads // 32
+    total, limit = _SHARED[arch]
+    if shared > limit:
+        return 0
+    by_registers = _REGISTERS // of_a_warp // warps
+    return min(by_registers, total // (shared + _KB), _WARPS[arch] // warps)
+
+
+def _read(arch: str) -> dict[str, tuple[int, int, int]]:
+    """Registers, spills and tensor-core instructions in loops, by variant."""
+    sources = sorted((build.CSRC / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(build.JOBS) as pool:
+        parts = pool.map(lambda source: of_source(source, arch), sources)
+    return {name: tuple(figures) for part in parts for name, figures in part.items()}
+
+
+def of_source(source: Path, arch: str) -> dict[str, list[int]]:
+    digest = hashlib.sha256(Path(__file__).read_bytes() + arch.encode())
+    for path in (source, *build.headers(source)):
+        digest.update(path.read_bytes())
+    kept = build.KEPT / f"{digest.hexdigest()[:16]}-{source.stem}-{arch}.json"
+    if kept.exists():
+        found: dict[str, list[int]] = json.loads(kept.read_text())
+        return found
+    tools = build.toolkit()
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [str(tools.nvcc), *build.NVCC_FLAGS, f"-arch={arch}", "-cubin", *tools.flags()]
+        done = subprocess.run(
+            [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise BudgetError(f"{source.name} for {arch}: {done.stderr[-500:]}")
+        found = _figures(cubin)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def _figures(cubin: Path) -> dict[str, list[int]]:
+    def tool(name: str, option: str) -> str:
+        command = [str(TOOLS / name), option, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"Function (\S+):\s*\n\s*REG:(\d+)", tool("cuobjdump", "-res-usage")))
+    found = {}
+    for part in re.split(r"^\s*\.section\s+\.text\.", tool("nvdisasm", "-c"), flags=re.M)[1:]:
+        function = part.split(",", 1)[0]
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", part))
+        found[_variant(function)] = [int(usage[function]), spills, mma_in_loops(part)]
+    return found
+
+
+def _variant(function: str) -> str:
+    match = _KERNEL.search(function)
+    if match is None:
+        raise BudgetError(f"no variant of a kernel that the budget knows: {function}")
+    _, kernel, element, head_dim, laden = match.groups()
+    # A kernel without a choice serves every feature.
+    return f"{kernel} {_ELEMENTS[element]} d{head_dim} {'plain' if laden == '0' else 'laden'}"
+
+
+def rules(arch: str, name: str, now: Figures) -> list[str]:
+    """What holds whatever the budget says."""
+    wrong = []
+    if now.spills:
+        wrong.append(f"{now.spills} spill instructions")
+    if now.shared > _SHARED[arch][1]:
+        wrong.append(f"shared {now.shared} > the limit {_SHARED[arch][1]}")
+    if now.mma == 0:
+        wrong.append("no tensor-core instruction in a loop")
+    usual = re.search(r"(bf16|fp16) d(64|128) ", name) is not None
+    if arch == "sm_80" and usual and now.blocks < 2 and now.warps < 8:
+        wrong.append(f"{now.blocks} blocks and {now.warps} warps an SM")
+    return wrong
+
+
+def budgets() -> dict[str, dict[str, Figures]]:
+    raw = json.loads(FILE.read_text()) if FILE.exists() else {}
+    return {a: {n: Figures(**f) for n, f in lines.items()} for a, lines in raw.items()}
+
+
+def write(found: dict[str, dict[str, Figures]]) -> None:
+    """One line a variant, sorted: a change reads as a diff."""
+    parts = []
+    for arch in sorted(found):
+        lines = [
+            f"  {json.dumps(n)}: {json.dumps(asdict(f))}" for n, f in sorted(found[arch].items())
+        ]
+        parts.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n }")
+    FILE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def verdicts(arch: str) -> list[str]:
+    """What is wrong, a line each; empty if all is well."""
+    allowed = budgets().get(arch, {})
+    found = measure(arch)
+    wrong = [f"{n}: in budgets.json, no longer compiled" for n in allowed if n not in found]
+    for name, now in found.items():
+        problems = rules(arch, name, now)
+        line = allowed.get(name)
+        problems += ["is not in budgets.json"] if line is None else now.worse_than(line)
+        wrong += [f"{name}: {problem}" for problem in problems]
+    return wrong

@@ -1,0 +1,294 @@
+"""Each planted bug of mutations.py must be caught, by the check named for it and in the way that is
+written down: nothing is caught by luck.
+
+A mutant is a copy of csrc with one bug and few variants in its tables, built and run in a process
+of its own. The checks:
+
+| rung      | what runs                                                                    |
+|-----------|------------------------------------------------------------------------------|
+| ptx       | `backend="cuda"`: binding, launcher and sm_80 PTX in the simulator, judged   |
+|           | against the fp64 oracle                                                      |
+| tsan/asan | the source, compiled for the host, in the emulator                           |
+| conflicts | ptx, and no shared-memory access takes more wavefronts than it must          |
+| budget    | machine code for an architecture: spills                                     |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tools import Problem, featured, judge, packed, padded
+
+from . import build
+from .mutations import BF16, FWD, MUTATIONS, WEIGHTS, Mutation, Variant
+
+JOBS, TIMEOUT = 2, 280.0  # seconds for one mutant, its compilation included
+TABLE = Path(__file__).with_name("MUTATIONS.md")
+_CODES = {"__nv_bfloat16": "DType::kBf16", "__half": "DType::kF16", "float": "DType::kF32"}
+_DTYPES = {"__nv_bfloat16": torch.bfloat16, "__half": torch.float16, "float": torch.float32}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: str  # "" = nothing seen
+    text: str = ""
+
+
+# ------------------------------------------------------------------------------------------ cases
+
+
+def _wide_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x as a view of rows of `width` columns, NaN behind it."""
+    room = torch.full((*x.shape[:-1], width), torch.nan, dtype=x.dtype)
+    room[..., : x.shape[-1]] = x
+    return room[..., : x.shape[-1]]
+
+
+def _in_wide_rows(problem: Problem) -> Problem:
+    return replace(problem, **{name: _wide_rows(getattr(problem, name), 64) for name in "qkv"})
+
+
+def _poisoned_tail(dtype: torch.dtype) -> Problem:
+    """NaN behind the keys' lengths."""
+    problem = padded(b=2, h=2, sq=70, sk=140, d=64, dtype=dtype, k_lens=torch.tensor([70, 133]))
+    for b, n in enumerate((70, 133)):
+        problem.k[b, :, n:], problem.v[b, :, n:] = torch.nan, torch.nan
+    return problem
+
+
+CASES: dict[str, Callable[[torch.dtype], Problem]] = {
+    # Two row tiles, four key tiles, tails of both, two heads a group.
+    "plain": lambda t: padded(b=1, h=4, hk=2, sq=150, sk=200, d=64, dtype=t),
+    "no_keys": lambda t: padded(b=1, h=1, sq=200, sk=20, d=64, dtype=t, causal="bottom_right"),
+    "poisoned_tail": _poisoned_tail,
+    "narrow": lambda t: _in_wide_rows(padded(b=1, h=2, sq=70, sk=70, d=40, dtype=t)),
+    "odd_head_dim": lambda t: _in_wide_rows(padded(b=1, h=2, sq=70, sk=70, d=60, dtype=t)),
+    "odd_rows": lambda t: padded(b=1, h=2, sq=67, sk=70, d=64, dtype=t),
+    "fp32": lambda t: padded(b=1, h=2, sq=70, sk=90, d=64, dtype=t),
+    "sinks": lambda t: featured("sinks", b=1, h=2, sq=70, sk=90, d=64, dtype=t),
+    "causal": lambda t: padded(b=1, h=2, sq=150, sk=150, d=64, dtype=t, causal=True),
+    "window": lambda t: padded(b=1, h=2, sq=150, sk=200, d=64, dtype=t, window=(30, 5)),
+    "bottom_right": lambda t: padded(b=1, h=2, sq=70, sk=150, d=64, dtype=t, causal="bottom_right"),
+    "packed": lambda t: packed([9, 0, 137, 20], [5, 3, 140, 7], h=2, d=64, dtype=t),
+    "features": lambda t: featured("all", b=2, h=4, hk=2, sq=70, sk=90, d=64, dtype=t),
+    "bias": lambda t: featured("bias", b=1, h=2, sq=66, sk=70, d=64, dtype=t),
+    # Neither has a row or a key to spare.
+    "bias_and_mask": lambda t: padded(b=1, h=1, sq=67, sk=70, d=64, dtype=t, bias=torch.randn(
+        67, 70), mask=torch.rand(67, 70) < 0.8),
+    "dropout": lambda t: padded(b=1, h=2, sq=70, sk=90, d=64, dtype=t, dropout_p=0.3, seed=7),
+    "weights_mean": lambda t: padded(b=1, h=4, sq=40, sk=50, d=64, dtype=t, mask=torch.ones(
+        1, 1, 40, 50, dtype=torch.bool), return_weights="mean"),
+    "wide_head": lambda t: padded(b=1, h=1, sq=70, sk=70, d=256, dtype=t),
+}  # fmt: skip
+
+
+# --------------------------------------------------------------- the checks, run inside a mutant
+
+
+def _by_ptx(case: str, sources: Path, only: Variant) -> None:
+    from . import operators
+
+    _use(sources, case)
+    with operators.on_cpu() as gpu:
+        try:
+            if case == "hostile_lengths":
+                _hostile_lengths()
+            else:
+                judge(CASES[case](_DTYPES[only[0]]), "cuda")
+        except RuntimeError:  # what a fault of the simulator is below a torch op
+            if not gpu.faults:
+                raise
+            raise gpu.faults[0] from None
+
+
+def _hostile_lengths() -> None:
+    """Far beyond the tensors; nobody reads them on the host."""
+    q, k, v = torch.randn(3, 2, 1, 70, 64, dtype=torch.bfloat16)
+    lens = torch.tensor([10**6, -5])
+    numbers = (0.125, 0, -1, -1, 0.0, 0.0, 0, 0, 0)
+    tensors = (None, None, lens, lens, None, None, None, None, None)
+    torch.ops.fastattn.attention_cuda_kernel_fwd(q, k, v, *tensors, *numbers)
+
+
+def _by_conflicts(case: str, sources: Path, only: Variant) -> None:
+    from . import operators, ptx
+
+    _use(sources, case)
+    with operators.on_cpu() as gpu:
+        gpu.schedule = ptx.Schedule(traffic=True)
+        judge(CASES[case](_DTYPES[only[0]]), "cuda")
+        # Rows of fragments that are written for o in pairs take what their banks allow.
+        found = [
+            t
+            for launch in gpu.launches
+            for t in launch.report.traffic
+            if t.space == "shared" and "ldmatrix" in t.site and t.ratio > 1
+        ]
+    if found:
+        raise ConflictError(f"{found[0].site}: {found[0].ratio:.0f} ways")
+
+
+class ConflictError(AssertionError):
+    """A shared-memory access that its layout makes slow."""
+
+
+def _by_emulator(case: str, sources: Path, only: Variant) -> None:
+    from .emu import HERE, Program, run
+    from .emu_attention import forward
+
+    rung, _, name = case.partition(":")
+    program = Program(
+        (sources / FWD, sources / WEIGHTS, HERE / "launchers" / "attention.cpp"),
+    )
+    shapes: dict[str, dict[str, Any]] = {
+        "plain": {"Sq": 70, "Sk": 200, "D": 64},
+        "no_keys": {"Sq": 200, "Sk": 20, "D": 64, "causal": 2},
+    }
+    f = forward(_DTYPES[only[0]], **shapes[name])
+    for schedule in ("forward", "reverse"):
+        f.check(run(program, f.case, rung, schedule=schedule))
+
+
+def _by_budget(arch: str, sources: Path, only: Variant) -> None:
+    from . import budget
+
+    spills = budget.of_source(sources / FWD, arch)
+    wrong = {name: found[1] for name, found in spills.items() if found[1]}
+    if wrong:
+        raise budget.BudgetError(f"spill instructions: {wrong}")
+
+
+def judged(mutation: Mutation | None, check: str, only: Variant) -> Outcome:
+    """Builds the mutant, runs the check, translates what it raises."""
+    from .emu import EmulatorFault
+
+    rung, _, argument = check.partition(":")
+    sources = _plant(mutation, only)
+    try:
+        if rung == "ptx":
+            _by_ptx(argument, sources, only)
+        elif rung == "conflicts":
+            _by_conflicts(argument, sources, only)
+        elif rung == "budget":
+            _by_budget(argument, sources, only)
+        else:
+            _by_emulator(check, sources, only)
+    except EmulatorFault as found:
+        return Outcome(found.kind, found.report)
+    except AssertionError as found:
+        name = type(found).__name__
+        return Outcome("values" if name == "AssertionError" else name, str(found))
+    except build.BuildError:
+        raise
+    except RuntimeError as found:  # the binding's, of a launch that failed
+        return Outcome(type(found).__name__, str(found))
+    return Outcome("")
+
+
+# ---------------------------------------------------------------------------------- the processes
+
+
+def mutate(text: str, mutation: Mutation) -> str:
+    if text.count(mutation.find) != 1:
+        raise ValueError(
+            f"{mutation.name}: its code stands {text.count(mutation.find)} times in {mutation.file}"
+        )
+    return text.replace(mutation.find, mutation.replace)
+
+
+def _plant(mutation: Mutation | None, only: Variant) -> Path:
+    """A copy of csrc with the bug and few variants; its folder is named by what is in it."""
+    texts = {p: p.read_text() for p in (build.CSRC / "cuda").glob("*.[ch]*")}
+    texts |= {p: p.read_text() for p in build.CSRC.glob("*.h")}
+    if mutation is not None:
+        path = build.CSRC / "cuda" / mutation.file
+        texts[path] = mutate(texts[path], mutation)
+    element, head_dim, laden = only
+    lines = {
+        FWD: f"#define FASTATTN_FWD_VARIANTS "
+        f"variant<{element}, {head_dim}, {str(laden).lower()}>({_CODES[element]})\n",
+        WEIGHTS: f"#define FASTATTN_WEIGHTS_VARIANTS variant<{BF16}, 64>({_CODES[BF16]})\n",
+    }
+    for name, line in lines.items():
+        path = build.CSRC / "cuda" / name
+        texts[path] = line + texts[path]
+    digest = hashlib.sha256(repr(sorted((p.name, t) for p, t in texts.items())).encode())
+    folder = build.KEPT / "mutants" / digest.hexdigest()[:16]
+    if not folder.exists():
+        made = folder.with_suffix(f".{time.monotonic_ns()}")
+        for path, text in texts.items():
+            copy = made / path.relative_to(build.CSRC)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(made)
+    return folder / "cuda"
+
+
+def _use(sources: Path, case: str) -> None:
+    """The binding is linked with the mutant's kernels: those that the case runs, others are as they
+    are. For this process, which ends with it."""
+    sound = _plant(None, (BF16, 64, False))
+    planted = WEIGHTS if "weights" in case else FWD
+
+    def objects() -> list[Path]:
+        return [
+            build.cuda_object((sources if source.name in (planted, FWD) else sound) / source.name)
+            for source in sorted(sources.glob("*.cu"))
+        ]
+
+    build.cuda_objects = objects
+
+
+def _answer(job: tuple[Mutation | None, str, Variant]) -> Outcome:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return judged(*job)
+
+
+def run(jobs: Iterable[tuple[Mutation | None, str, Variant]]) -> list[Outcome]:
+    """In order; two at a time, each in a process of its own: it loads its own library."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(JOBS, maxtasksperchild=1) as pool:
+        waiting = [pool.apply_async(_answer, (job,)) for job in jobs]
+        found = []
+        for answer in waiting:
+            try:
+                found.append(answer.get(TIMEOUT))
+            except multiprocessing.TimeoutError:
+                found.append(Outcome("no answer"))
+            except Exception as error:  # a bug of this file, a compiler's refusal: red, not caught
+                found.append(Outcome("error", f"{type(error).__name__}: {error}"))
+        return found
+
+
+def all_jobs() -> list[tuple[Mutation | None, str, Variant]]:
+    """Every mutant, and what must pass every check: the kernels as they are."""
+    sound = sorted({(m.by, m.only) for m in MUTATIONS})
+    return [*((None, by, only) for by, only in sound), *((m, m.by, m.only) for m in MUTATIONS)]
+
+
+def table() -> str:
+    lines = [
+        "# Planted bugs in the CUDA kernels, and what catches them",
+        "",
+        "Made from `mutations.py` by `make mutations`; `make verify` runs every row and wants just",
+        "this verdict of just this check. *ptx*: binding, launcher and sm_80 PTX in the simulator,",
+        "against the fp64 oracle; *tsan*, *asan*: the source in the emulator; *conflicts*: shared",
+        "memory's wavefronts; *budget*: machine code.",
+        "",
+        "| bug | what it breaks | check | verdict |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {m.name} | {m.breaks} | `{m.by}` | {m.sees} |" for m in MUTATIONS]
+    return "\n".join([*lines, "", f"{len(MUTATIONS)} bugs.", ""])

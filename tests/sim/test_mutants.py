@@ -1,0 +1,38 @@
+"""Every planted bug is caught by the check named for it, with the verdict that is written down."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sim import build
+from sim.mutants import TABLE, mutate, table
+from sim.mutations import MUTATIONS, Mutation
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutation_has_its_place(mutation: Mutation) -> None:
+    text = (build.CSRC / "cuda" / mutation.file).read_text()
+    assert mutate(text, mutation) != text
+    assert mutation.sees not in ("", "error", "no answer", "crash")
+
+
+def test_names_are_unique() -> None:
+    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS) >= 20
+
+
+def test_the_table_is_of_today() -> None:
+    assert TABLE.read_text() == table()
+
+
+def test_every_mutation_is_caught() -> None:
+    """In a process that has loaded no kernels: mutants are forked from it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sim", "mutations"], capture_output=True, text=True,
+        cwd=build.ROOT, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
