@@ -1,5 +1,7 @@
 """How the CUDA kernels touch memory, as their PTX does it: vectors, and no bank twice at once."""
 
+from typing import Any
+
 import pytest
 import torch
 from tools import padded
@@ -19,6 +21,11 @@ def launched(gpu: Device, dtype: torch.dtype, d: int) -> ptx.Report:
     return launch.report
 
 
+def of_global_memory(report: ptx.Report) -> list[Any]:
+    """Parameters lie in constant memory."""
+    return [t for t in report.traffic if t.space == "global" and "ld.param" not in t.site]
+
+
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_bank_conflicts(dtype: torch.dtype, d: int, gpu: Device) -> None:
@@ -32,13 +39,13 @@ def test_no_bank_conflicts(dtype: torch.dtype, d: int, gpu: Device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_global_accesses_are_vectors(dtype: torch.dtype, gpu: Device) -> None:
     """At least 95 % of the sectors of global memory move 16 bytes a lane; lse and lse_lo do not."""
-    found = [t for t in launched(gpu, dtype, 64).traffic if t.space == "global"]
+    found = of_global_memory(launched(gpu, dtype, 64))
     wide = [t for t in found if "cp.async.cg" in t.site or ".v4" in t.site]
     assert len(found) > len(wide) > 0
     assert sum(t.moved for t in wide) >= 0.95 * sum(t.moved for t in found)
 
 
 def test_rows_are_whole_sectors(gpu: Device) -> None:
-    found = [t for t in launched(gpu, torch.bfloat16, 64).traffic if t.space == "global"]
+    found = of_global_memory(launched(gpu, torch.bfloat16, 64))
     moved, ideal = sum(t.moved for t in found), sum(t.ideal for t in found)
     assert moved <= 1.05 * ideal
