@@ -216,6 +216,7 @@ def build(folder: Path, mutation: Mutation | None) -> Path:
     folder.mkdir()
     for source in (*CPU.glob("*.h"), CPU / "attention_portable.cpp", CPU / "scratch.cpp"):
         shutil.copy(source, folder)
+    shutil.copy(CPU.parent / "operands.h", folder.parent)  # "../operands.h"
     if mutation is not None:
         file = folder / mutation.file
         file.write_text(mutate(file.read_text(), mutation))
