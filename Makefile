@@ -23,15 +23,15 @@ RUNGS := $(VENV)/.stamp-$(subst ==,-,$(TTSEM))
 ORACLES := tensor-layouts==0.3.2 nvidia-cutlass==4.2.0.0 sentryward==0.1.1
 SIM     := $(VENV)/.stamp-sim-$(subst ==,-,$(subst $() $(),-,$(ORACLES)))
 # nvcc of this machine, or else PyPI's.
-NVCC := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm
+NVCC := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm)
 # Development builds leave the CUDA extension out: minutes of nvcc, and nobody here could load it.
 # The simulators compile the same sources.
 export FASTATTN_CUDA ?= 0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo doctor test lint format verify verify-rungs verify-sim verify-full budgets mutations bench wheel \
-        test-gpu bench-gpu clean
+.PHONY: help setup demo doctor test lint format verify verify-rungs verify-sim verify-full budgets \
+        mutations bench wheel test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,13 +39,13 @@ help:
 	@echo "make test         all tests"
 	@echo "make lint         ruff, mypy --strict, clang-format, the architecture test"
 	@echo "make verify       the GPU kernels without a GPU: bounds, races, values, launches, machine code,"
-	@echo "                  planted bugs (tests/rungs); minutes"
+	@echo "                  planted bugs (tests/rungs: Triton, tests/sim: CUDA and simulators); minutes"
 	@echo "make bench        the speed and memory table (bench/RESULTS.md)"
 	@echo "make wheel        one cp310-abi3 wheel in dist/"
 	@echo "make verify-full  verify for every dtype, head dim and architecture, and after pipelining;"
 	@echo "                  that wheel under torch 2.10.0, 2.13.0 and 2.14.1, in fresh environments"
-	@echo "make budgets      what each GPU kernel may take (tests/rungs/budgets.json), made anew"
-	@echo "make mutations    who catches which planted bug (tests/rungs/MUTATIONS.md), made anew"
+	@echo "make budgets      what each GPU kernel may take (tests/*/budgets.json), made anew"
+	@echo "make mutations    who catches which planted bug (tests/*/MUTATIONS.md), made anew"
 	@echo "make test-gpu     the tests on this machine's GPU, and a report to attach to an issue"
 	@echo "make bench-gpu    the benches on this machine's GPU, into the same report"
 	@echo "make doctor       what this machine can use, and why not the rest"
@@ -112,7 +112,7 @@ verify: $(BUILD) $(RUNGS) $(SIM)
 	@$(MAKE) --no-print-directory --output-sync=target -k -j2 verify-rungs verify-sim; \
 	status=$$?; $(BIN)/python tests/verify_table.py build/verify-*.xml && exit $$status
 
-verify-rungs verify-sim:
+verify-rungs verify-sim: $(BUILD) $(RUNGS) $(SIM)
 	$(BIN)/python -m pytest -q --basetemp=build/$@-tmp --junitxml=build/$@.xml $(ARGS) tests/$(@:verify-%=%)
 
 verify-full:

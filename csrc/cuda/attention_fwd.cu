@@ -38,11 +38,11 @@ struct Config {
   static constexpr bool kLaden = kLaden_;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr bool k16Bit = sizeof(T) == 2;
-  // FlashAttention-2's tiles for sm_80 (registers hold 32 rows of acc and S a warp up to D = 128).
-  // Indices and values of the features, or the halves of fp32 operands, take what the second half
-  // of the rows would. At D = 256 all three tiles fit the 99 KB of sm_86 and sm_120. At D = 128 a
-  // tile of 64 keys, FlashAttention-2's for sm_80, spills on sm_90 or on sm_80, whatever the order
-  // of the code: 32, its tile for sm_86.
+  // 128 rows, as FlashAttention-2 has for sm_80 (registers hold 32 rows of acc and S a warp up to
+  // D = 128); indices and values of the features, or the halves of fp32 operands, take what the
+  // second half of the rows would. Keys: its 128 at D = 32 and 64 at D = 96; at D = 64 Triton's 64,
+  // for its 128 spill; at D = 128 its 32 for sm_86, for 64 spill on sm_90 or on sm_80, whatever the
+  // order of the code. At D = 256 all three tiles fit the 99 KB of sm_86 and sm_120.
   static constexpr int kM = k16Bit && !kLaden && kD <= 128 ? 2 : 1;
   static constexpr int kRows = 16 * kM * kWarps;
   static constexpr int kN = k16Bit ? (kM == 2 && kD <= 32    ? 128

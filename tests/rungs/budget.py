@@ -8,14 +8,14 @@ limit, and a 16-bit kernel must use the tensor cores in its loop.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tools import featured
 
+from . import budget_file
 from .aot import ARCHS, CompileError, Figures, all_figures
 from .calls import attend, tiles_of
 from .driver import SHARED_LIMIT
@@ -81,19 +81,11 @@ def full() -> list[Row]:
 
 
 def read() -> dict[str, dict[str, Figures]]:
-    raw = json.loads(FILE.read_text()) if FILE.exists() else {}
-    return {a: {n: Figures(**f) for n, f in lines.items()} for a, lines in raw.items()}
+    return budget_file.read(FILE, Figures)
 
 
 def write(found: dict[str, dict[str, Figures]]) -> None:
-    """One line a row, sorted: a change reads as a diff."""
-    parts = []
-    for arch in sorted(found):
-        lines = [
-            f"  {json.dumps(n)}: {json.dumps(asdict(f))}" for n, f in sorted(found[arch].items())
-        ]
-        parts.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n }")
-    FILE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    budget_file.write(FILE, found)
 
 
 def rules(row: Row, now: Figures) -> list[str]:

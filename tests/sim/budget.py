@@ -15,9 +15,10 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from rungs import budget_file
 from rungs.aot import TOOLS, mma_in_loops
 
 from . import build
@@ -170,19 +171,11 @@ def rules(arch: str, name: str, now: Figures) -> list[str]:
 
 
 def budgets() -> dict[str, dict[str, Figures]]:
-    raw = json.loads(FILE.read_text()) if FILE.exists() else {}
-    return {a: {n: Figures(**f) for n, f in lines.items()} for a, lines in raw.items()}
+    return budget_file.read(FILE, Figures)
 
 
 def write(found: dict[str, dict[str, Figures]]) -> None:
-    """One line a variant, sorted: a change reads as a diff."""
-    parts = []
-    for arch in sorted(found):
-        lines = [
-            f"  {json.dumps(n)}: {json.dumps(asdict(f))}" for n, f in sorted(found[arch].items())
-        ]
-        parts.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n }")
-    FILE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    budget_file.write(FILE, found)
 
 
 def verdicts(arch: str) -> list[str]:

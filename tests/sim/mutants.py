@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rungs.mutants import mutate
 from tools import Problem, featured, judge, packed, padded
 
 from . import build
@@ -86,6 +87,10 @@ CASES: dict[str, Callable[[torch.dtype], Problem]] = {
     "dropout": lambda t: padded(b=1, h=2, sq=70, sk=90, d=64, dtype=t, dropout_p=0.3, seed=7),
     "weights_mean": lambda t: padded(b=1, h=4, sq=40, sk=50, d=64, dtype=t, mask=torch.ones(
         1, 1, 40, 50, dtype=torch.bool), return_weights="mean"),
+    "weights_causal": lambda t: padded(b=1, h=2, sq=40, sk=50, d=64, dtype=t, causal=True,
+        mask=torch.ones(1, 1, 40, 50, dtype=torch.bool), return_weights=True),
+    # Rows of 50 columns: 100 bytes.
+    "unaligned": lambda t: padded(b=1, h=2, sq=67, sk=70, d=50, dtype=t),
     "wide_head": lambda t: padded(b=1, h=1, sq=70, sk=70, d=256, dtype=t),
 }  # fmt: skip
 
@@ -194,14 +199,6 @@ def judged(mutation: Mutation | None, check: str, only: Variant) -> Outcome:
 
 
 # ---------------------------------------------------------------------------------- the processes
-
-
-def mutate(text: str, mutation: Mutation) -> str:
-    if text.count(mutation.find) != 1:
-        raise ValueError(
-            f"{mutation.name}: its code stands {text.count(mutation.find)} times in {mutation.file}"
-        )
-    return text.replace(mutation.find, mutation.replace)
 
 
 def _plant(mutation: Mutation | None, only: Variant) -> Path:
