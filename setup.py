@@ -143,6 +143,7 @@ setup(
         "fastattn.kernels",
         "fastattn.nn",
         "fastattn.ops",
+        "fastattn.reference",
         "fastattn.swap",
     ],
     package_dir={"fastattn.kernels": "kernels"},
@@ -152,10 +153,17 @@ setup(
             [
                 "csrc/bindings/module.cpp",
                 "csrc/bindings/attention.cpp",
+                "csrc/bindings/layernorm.cpp",
+                "csrc/bindings/layernorm_ffn.cpp",
                 "csrc/cpu/isa.cpp",
                 "csrc/cpu/scratch.cpp",
                 "csrc/cpu/attention.cpp",
-                *(f"csrc/cpu/attention_{isa}.cpp" for isa in ["portable", *X86]),
+                "csrc/cpu/layernorm_ffn.cpp",
+                *(
+                    f"csrc/cpu/{op}_{isa}.cpp"
+                    for op in ["attention", "layernorm_ffn"]
+                    for isa in ["portable", *X86]
+                ),
             ],
             extra_compile_args=DEFINES + FLAGS,
             py_limited_api=True,

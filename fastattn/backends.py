@@ -50,6 +50,7 @@ _AUTO: dict[str, tuple[str, ...]] = {
 }
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
+_GPU_OPS = ("attention", "attention_varlen")  # what they have kernels of, up to now
 
 # True while a test runs the CUDA kernels on CPU tensors: it has loaded the binding that tests/sim
 # builds for them.
@@ -198,6 +199,8 @@ def _why_not(
         if dtype not in _KERNEL_DTYPES:
             return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
         return None
+    if op not in _GPU_OPS:
+        return f"it has no kernel of {op}"
     if backend == "triton":
         missing = _triton_missing()
         if missing is not None:
@@ -244,12 +247,14 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int
     Raises:
         ValueError: an unknown backend, or an explicit one that cannot serve the call.
     """
-    chosen = _chosen.get((op, backend, device, dtype))
+    # A compiled graph must not depend on what eager calls leave here: it would be compiled again.
+    compiling = torch.compiler.is_compiling()
+    chosen = None if compiling else _chosen.get((op, backend, device, dtype))
     if chosen is None:
         chosen = _select(op, backend, device, dtype)
         # A GPU's kernels on the CPU are there while a test has made them so.
         lasting = not (backend in ("triton", "cuda") and device == "cpu")
-        if lasting and not torch.compiler.is_compiling():
+        if lasting and not compiling:
             _chosen[op, backend, device, dtype] = chosen
     if chosen in ("triton", "cuda") and head_dim > _GPU_MAX_HEAD_DIM:
         return _select(op, backend, device, dtype, head_dim)
@@ -273,9 +278,10 @@ def _select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: in
             break
     slow = candidate == "reference" and not (device == "cpu" and dtype == torch.float64)
     if slow and not torch.compiler.is_compiling():
+        memory = "memory Sq x Sk, " if op in _GPU_OPS else ""
         warnings.warn(
             f"fastattn::{op} runs the plain PyTorch reference for {dtype} on {device!r} "
-            "(memory Sq x Sk, no fused kernel); see fastattn.backends()",
+            f"({memory}no fused kernel); see fastattn.backends()",
             PerformanceWarning,
             stacklevel=5,
         )

@@ -20,7 +20,7 @@ ALLOWED = {
     "fastattn._debug": (),
     "fastattn.measure": (),
     "fastattn.first_use": (),
-    "fastattn.reference": (),
+    "fastattn.reference": ("fastattn.reference",),
     "fastattn.backends": ("fastattn._C", "fastattn._C_cuda", "fastattn.kernels.launch"),
     "fastattn.kernels": ("fastattn.kernels",),
     "fastattn.ops": (
@@ -47,7 +47,16 @@ SHIPPED_LAYERS = {
         "fastattn/ops/attention.py",
         "tests/test_attention.py",
         "bench/test_attention.py",
-    )
+    ),
+    "layernorm_ffn": (
+        "csrc/cpu/layernorm_ffn.cpp",
+        "csrc/bindings/layernorm_ffn.cpp",
+        "fastattn/ops/layernorm_ffn.py",
+        "fastattn/nn/layernorm_ffn.py",
+        "fastattn/reference/layernorm_ffn.py",
+        "tests/test_layernorm_ffn.py",
+        "bench/layernorm_ffn.py",
+    ),
 }
 
 

@@ -38,10 +38,19 @@ def op_calls(problem: Problem) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The forward and backward op that a problem runs on the CPU kernels, with their arguments."""
     fn = attention if problem.cu_seqlens is None else attention_varlen
     leaves = problem.leaves()
-    with _Recorder() as recorder:
+
+    def run() -> None:
         outputs = problem.call(fn, leaves, backend="cpu")
         ups = problem.upstream_for(outputs)
         torch.autograd.backward(list(outputs.values()), [ups[n] for n in outputs])
+
+    return op_calls_of(run)
+
+
+def op_calls_of(run: Callable[[], None]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Every fastattn op that `run` runs, by name, with its last arguments."""
+    with _Recorder() as recorder:
+        run()
     return {func.name().split("::")[1]: (func, args) for func, args in recorder.calls.items()}
 
 

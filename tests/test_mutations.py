@@ -211,18 +211,23 @@ def mutate(text: str, mutation: Mutation) -> str:
     return text[: found[0].start()] + mutation.replace + text[found[0].end() :]
 
 
-def build(folder: Path, mutation: Mutation | None) -> Path:
-    """The library of the kernels, with the mutation where there is one."""
+def build(
+    folder: Path,
+    mutation: Mutation | None,
+    shim: str = "mutant_shim.cpp",
+    source: str = "attention_portable.cpp",
+) -> Path:
+    """The library of the kernels in `source`, with the mutation where there is one."""
     folder.mkdir()
-    for source in (*CPU.glob("*.h"), CPU / "attention_portable.cpp", CPU / "scratch.cpp"):
-        shutil.copy(source, folder)
+    for file in (*CPU.glob("*.h"), CPU / source, CPU / "scratch.cpp"):
+        shutil.copy(file, folder)
     shutil.copy(CPU.parent / "operands.h", folder.parent)  # "../operands.h"
     if mutation is not None:
         file = folder / mutation.file
         file.write_text(mutate(file.read_text(), mutation))
     library = folder / "mutant.so"
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
-    command = [*compiler, *FLAGS, f"-I{folder}", str(HERE / "mutant_shim.cpp"), "-o", str(library)]
+    command = [*compiler, *FLAGS, f"-I{folder}", str(HERE / shim), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{folder.name} does not compile:\n{done.stderr}"
     return library

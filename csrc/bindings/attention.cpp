@@ -2,10 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -13,6 +9,7 @@
 #include "../cpu/attention.h"
 #include "../cpu/isa.h"
 #include "attention_args.h"
+#include "cpu.h"
 
 namespace {
 
@@ -21,17 +18,6 @@ using fastattn::AttentionParams;
 using fastattn::Operand;
 using fastattn::Weights;
 using namespace fastattn::binding;
-
-fastattn::Parallel threads() {
-  fastattn::Parallel p;
-  p.threads = int(torch::stable::get_num_threads());
-  p.run = [](int n, void (*fn)(void*, int), void* ctx) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) fn(ctx, int(w));
-    });
-  };
-  return p;
-}
 
 // Values of a small integer tensor, as int64.
 std::vector<int64_t> integers(const Tensor& x, int64_t n, const char* name) {
@@ -135,29 +121,6 @@ struct Call {
     p.q_start = q_start.data(), p.k_start = k_start.data();
   }
 };
-
-// A large result is touched first by the kernel, page by page: 250 faults a MB, a tenth of the time
-// of a backward that returns a full bias gradient. Only whole huge pages inside the tensor.
-void ask_for_huge_pages(const void* data, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = 2u << 20;
-  const uintptr_t begin = (uintptr_t(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) / kHuge * kHuge;
-  if (bytes >= int64_t(2 * kHuge) && begin < end)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-}
-
-// Through the C shim: new_empty by way of the dispatcher costs a small call as much as its kernel.
-Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
-                                                         strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor x(handle);
-  ask_for_huge_pages(x.const_data_ptr(), x.numel() * int64_t(x.element_size()));
-  return x;
-}
 
 Tensor empty(const Shape& shape, int32_t dtype) {
   return fastattn::binding::empty(empty_strided, shape, dtype);

@@ -1,5 +1,24 @@
 """Drop-in modules on fastattn's ops: torch's signatures, defaults and state_dict."""
 
+from fastattn.nn.layer_norm import LayerNorm, RMSNorm
+from fastattn.nn.layernorm_ffn import LayerNormFFN
 from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["MultiheadAttention"]
+__all__ = [
+    "LayerNorm",
+    "LayerNormFFN",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

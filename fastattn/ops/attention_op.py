@@ -30,6 +30,7 @@ from fastattn.kernels.contract import (
     WEIGHTS_NONE,
     empty_as,
 )
+from fastattn.ops._eager import below_autograd, functorch_active, make_function
 
 # Tensor arguments shared by both ops, then the numbers.
 _SHARED = (
@@ -314,9 +315,7 @@ def _vmap_batched(n_lead: int, op: Any) -> Any:
 
 
 # ---- the eager path ----------------------------------------------------------------------------
-# register_autograd serves the compilers and direct calls of the op. In eager it costs 0.3 ms a call
-# (it reads the schema back, argument by argument) and does not serve torch.func, so eager calls go
-# through Functions of our own over the same setup and backward.
+# Functions of our own over the same setup and backward as register_autograd's: see _eager.py.
 
 
 @contextmanager
@@ -331,16 +330,6 @@ def recording() -> Iterator[None]:
         yield
 
 
-def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def _make_function(name: str, **methods: Any) -> Any:
-    static = {k: staticmethod(f) for k, f in methods.items()}
-    return type(name, (torch.autograd.Function,), static)
-
-
 def _flat_functions(name: str, op: Any, setup: Any, backward: Any, n_lead: int) -> tuple[Any, Any]:
     """The op as an autograd Function over its own arguments: for eager, and for ``torch.func``.
 
@@ -349,25 +338,21 @@ def _flat_functions(name: str, op: Any, setup: Any, backward: Any, n_lead: int) 
     """
 
     def eager_forward(ctx: Any, *args: Any) -> Any:
-        output = _below_autograd(op, args)
+        output = below_autograd(op, args)
         setup(ctx, args, output)
         return output
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _vmap_batched(n_lead, functorch.apply)(info, in_dims, *args)
 
-    functorch = _make_function(
+    functorch = make_function(
         name + "Functorch",
-        forward=lambda *args: _below_autograd(op, args),
+        forward=lambda *args: below_autograd(op, args),
         setup_context=lambda ctx, inputs, output: setup(ctx, inputs, output),
         backward=backward,
         vmap=rule,
     )
-    return _make_function(name, forward=eager_forward, backward=backward), functorch
-
-
-def _functorch_active() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
+    return make_function(name, forward=eager_forward, backward=backward), functorch
 
 
 class _Ops:
@@ -378,7 +363,7 @@ class _Ops:
         names = [f"attention{suffix}_{direction}" for direction in ("fwd", "bwd")]
         packets = [getattr(torch.ops.fastattn, name) for name in names]
         self.fwd_op, self.bwd_op = (packet.default for packet in packets)
-        self.eager_forward = _make_function(
+        self.eager_forward = make_function(
             "_Forward", forward=self._slim_forward, backward=self._slim_backward
         )
         _, self.functorch_forward = _flat_functions(
@@ -425,7 +410,7 @@ class _Ops:
         # args: q, k, v, bias, sinks, all of shared in one tuple. Each further argument or result of
         # a Function costs a call about a microsecond, forward and backward.
         inputs = (*args[:3], *args[5])
-        o, lse, _, w = output = _below_autograd(self.fwd_op, inputs)
+        o, lse, _, w = output = below_autograd(self.fwd_op, inputs)
         _remember(ctx, ctx.needs_input_grad[:5], inputs, output)
         return (o, lse, w) if inputs[3 + _N_TENSORS + _NUMBER_WEIGHTS] else (o, lse)
 
@@ -445,7 +430,7 @@ class _Ops:
         # Forward-mode AD has no rule here, and an autograd Function says so; below autograd a
         # tangent would be lost.
         if torch.autograd.forward_ad._current_level < 0:
-            if _functorch_active():
+            if functorch_active():
                 o, lse, _, w = self.functorch_forward.apply(q, k, v, *shared)
                 return o, lse, w
             if not torch.is_grad_enabled() or not (
@@ -455,7 +440,7 @@ class _Ops:
                 or (bias is not None and bias.requires_grad)
                 or (sinks is not None and sinks.requires_grad)
             ):
-                o, lse, _, w = _below_autograd(self.fwd_op, (q, k, v, *shared))
+                o, lse, _, w = below_autograd(self.fwd_op, (q, k, v, *shared))
                 return o, lse, w
         o, lse, *weights = self.eager_forward.apply(q, k, v, bias, sinks, shared)
         return o, lse, weights[0] if weights else None
@@ -464,10 +449,10 @@ class _Ops:
         if torch.compiler.is_compiling():
             return self.bwd_op(*args)
         if torch.autograd.forward_ad._current_level < 0:
-            if _functorch_active():
+            if functorch_active():
                 return self.functorch_backward.apply(*args)
             if not torch.is_grad_enabled():
-                return _below_autograd(self.bwd_op, args)
+                return below_autograd(self.bwd_op, args)
         return self.eager_backward.apply(*args)
 
 

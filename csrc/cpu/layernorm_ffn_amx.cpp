@@ -1,0 +1,10 @@
+#define FASTATTN_ISA amx
+#define FASTATTN_LEVEL 3
+#if defined(__x86_64__)
+#include "layernorm_ffn.h"
+#include "target_begin.h"
+
+#include "layernorm_ffn_isa.h"
+
+#include "target_end.h"
+#endif

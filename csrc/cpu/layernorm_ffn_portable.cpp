@@ -1,0 +1,9 @@
+#define FASTATTN_ISA portable
+#define FASTATTN_LEVEL 0
+
+#include "layernorm_ffn.h"
+#include "target_begin.h"
+
+#include "layernorm_ffn_isa.h"
+
+#include "target_end.h"

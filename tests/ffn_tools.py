@@ -1,0 +1,165 @@
+"""What the tests of layernorm_ffn and its parts share: calls by name, judged against the oracle.
+
+A `Call` names an op and holds its arguments; `judge` runs it on a backend, forward and backward,
+and holds every output and gradient to the rule of tools.py: error <= 2 x that of plain PyTorch in
+the same dtype + floor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from tools import Result, assert_within, one_thread
+from torch import Tensor
+
+import fastattn
+
+ROWS = ("x", "residual", "gate", "y", "s")  # what has rows; parameters have none
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: tensors that may need gradients, and the rest. Tensors keep their strides."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    upstream: tuple[Tensor, ...] | None = None
+
+    def with_(self, **kwargs: Any) -> "Call":
+        return replace(self, kwargs={**self.kwargs, **kwargs})
+
+    def leaves(self, cast: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+        return {
+            n: cast(x.detach()).requires_grad_(n not in self.frozen)
+            for n, x in self.tensors.items()
+        }
+
+    def run(self, where: Any, leaves: dict[str, Tensor], **more: Any) -> dict[str, Tensor]:
+        """Outputs by name; `where` is fastattn or fastattn.reference."""
+        given = dict(self.kwargs)
+        if where is not fastattn:
+            given.pop("recompute", None)
+        out = getattr(where, self.op)(**leaves, **given, **more)
+        return dict(zip(("y", "s"), out if isinstance(out, tuple) else (out,), strict=False))
+
+    def gradients(
+        self, outputs: dict[str, Tensor], leaves: dict[str, Tensor], cast: Any = lambda x: x
+    ) -> dict[str, Tensor]:
+        upstream = self.upstream_for(outputs)
+        wanted = {n: x for n, x in leaves.items() if x.requires_grad}
+        pairs = [
+            (o, cast(g).to(o.dtype))
+            for o, g in zip(outputs.values(), upstream, strict=True)
+            if o.requires_grad
+        ]
+        grads = torch.autograd.grad(
+            [o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs],
+            allow_unused=True, materialize_grads=True, retain_graph=True,
+        )  # fmt: skip
+        return dict(zip(wanted, grads, strict=True))
+
+    def upstream_for(self, outputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if self.upstream is not None:
+            return self.upstream
+        gen = torch.Generator().manual_seed(7)
+        x = self.tensors.get("residual", self.tensors["x"])  # whose dtype the outputs have
+        return tuple(torch.randn(o.shape, generator=gen).to(x.dtype) for o in outputs.values())
+
+
+def run(call: Call, backend: str) -> Result:
+    leaves = call.leaves()
+    outputs = call.run(fastattn, leaves, backend=backend)
+    return Result(outputs, call.gradients(outputs, leaves))
+
+
+def by_reference(call: Call, cast: Callable[[Tensor], Tensor] = lambda x: x) -> Result:
+    leaves = call.leaves(cast)
+    outputs = call.run(fastattn.reference, leaves)
+    return Result(outputs, call.gradients(outputs, leaves, cast))
+
+
+def upside_down(call: Call) -> dict[str, Tensor]:
+    """Plain PyTorch on the rows in another order: one sum over few rows may be right by luck."""
+
+    def turn(x: Tensor, name: str) -> Tensor:
+        return x.flip(0) if name.removeprefix("d") in ROWS and x.dim() > 1 else x
+
+    outputs = call.run(fastattn.reference, call.leaves())
+    turned = replace(
+        call,
+        tensors={n: turn(x, n) for n, x in call.tensors.items()},
+        upstream=tuple(turn(g, "y") for g in call.upstream_for(outputs)),
+    )
+    return {n: turn(x, n) for n, x in by_reference(turned).all().items()}
+
+
+def right_plus_error_of_another(call: Call, right: Result) -> dict[str, Tensor]:
+    """Plain PyTorch's error on inputs a little different: a few elements are a small sample."""
+    another = replace(
+        call,
+        tensors={n: (x * (1 + torch.randn(x.shape) / 64)).to(x.dtype) for n, x in
+                 call.tensors.items()},
+    )  # fmt: skip
+    exact = by_reference(another, lambda x: x.double()).all()
+    return {
+        n: right.all()[n] + (x.double() - exact[n]) for n, x in by_reference(another).all().items()
+    }
+
+
+def judge(call: Call, backend: str = "cpu", floor: float = 0.0) -> Result:
+    """Run the call; hold outputs and gradients to the rule. floor: absolute, of every element."""
+    got = run(call, backend)
+    with one_thread():
+        right = by_reference(call, lambda x: x.double())
+        plain = [by_reference(call).all(), *([] if "seed" in call.kwargs else [upside_down(call)])]
+        if call.tensors["x"].numel() < 400:
+            plain += [right_plus_error_of_another(call, right) for _ in range(4)]
+    for name, x in right.all().items():
+        assert_within(name, got.all()[name], x, [p[name] for p in plain], floor)
+    for name, grad in got.grads.items():
+        assert grad.dtype == call.tensors[name].dtype, name
+        assert grad.shape == call.tensors[name].shape, name
+    return got
+
+
+def scaled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A weight (out, in) whose products keep the size of what goes in."""
+    return (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
+
+
+def ffn(
+    *lead: int,
+    d: int = 32,
+    f: int = 80,
+    dtype: torch.dtype = torch.float32,
+    gated: bool = False,
+    biases: bool = True,
+    affine: bool = True,
+    param_dtype: torch.dtype | None = None,
+    x: Tensor | None = None,
+    **kwargs: Any,
+) -> Call:
+    """A call of layernorm_ffn on (*lead, d)."""
+    param_dtype = param_dtype or dtype
+    norm = kwargs.get("norm", "layer")
+    tensors = {
+        "x": torch.randn(*lead, d).to(dtype) if x is None else x,
+        "w1": scaled((f, d), dtype),
+        "w2": scaled((d, f), dtype),
+    }
+    if gated:
+        tensors["w_gate"] = scaled((f, d), dtype)
+    sizes = {"b1": f, "b2": d} | ({"b_gate": f} if gated else {})
+    given = {n: torch.randn(size).to(param_dtype) for n, size in sizes.items()}
+    rest: dict[str, Any] = {}
+    if biases:
+        tensors |= given
+    else:
+        rest = {"b1": None, "b2": None}
+    if affine and norm is not None:
+        tensors["norm_weight"] = (1 + 0.2 * torch.randn(d)).to(param_dtype)
+        tensors["norm_bias"] = torch.randn(d).to(param_dtype)
+    return Call("layernorm_ffn", tensors, {**rest, **kwargs})

@@ -1,0 +1,71 @@
+// The portable kernels of layernorm_ffn as a library of their own, for test_mutations_ffn.py: one C
+// entry point, compiled against a copy of csrc/cpu with a bug planted. fp32, contiguous.
+#include "layernorm_ffn_portable.cpp"
+#include "scratch.cpp"
+
+namespace {
+
+using namespace fastattn;
+
+// Everything is 8 bytes wide. Null = absent. mutant_ffn.py holds the same list.
+struct MutantFfn {
+  int64_t M, N, F, norm, act, seed, threads;
+  double eps, dropout_p;
+  float *x, *residual, *bias, *weight, *shift, *y, *s, *mean, *rstd;        // norm pass
+  float *dy, *dsum, *ds, *dx, *dweight, *dshift, *dbias;                    // and its backward
+  float *u, *g, *b1, *b_gate, *a, *da, *du, *dg, *db1, *db_gate, *a_again;  // act pass (M, F)
+  float *w1, *w_gate, *w2, *ffn_y, *ffn_u, *ffn_a;                          // all of it
+};
+
+Rows rows(float* p, int64_t n) { return {p, DType::kF32, n}; }
+Vec vec(float* p) { return {p, DType::kF32}; }
+
+}  // namespace
+
+// Returns 0, or 1 where `size` says that the caller has another struct.
+extern "C" __attribute__((visibility("default"))) int mutant_ffn_run(const MutantFfn* call,
+                                                                     int64_t size) {
+  if (size != int64_t(sizeof(MutantFfn))) return 1;
+  const MutantFfn& c = *call;
+  // No run function: the workers go one after the other.
+  Parallel parallel;
+  parallel.threads = int(c.threads);
+  const DropoutSite output{c.dropout_p, uint64_t(c.seed), 2, 0};
+  const DropoutSite hidden{c.dropout_p, uint64_t(c.seed), 1, 0};
+
+  NormParams n;
+  n.M = c.M, n.N = c.N, n.norm = Norm(c.norm), n.eps = float(c.eps), n.dropout = output;
+  n.x = rows(c.x, c.N), n.residual = rows(c.residual, c.N), n.bias = vec(c.bias);
+  n.weight = vec(c.weight), n.shift = vec(c.shift);
+  n.s = rows(c.s, c.N), n.y = rows(c.y, c.N), n.mean = c.mean, n.rstd = c.rstd;
+  portable::norm_forward(n, parallel);
+
+  NormGrads g;
+  g.M = c.M, g.N = c.N, g.norm = n.norm, g.dropout = output, g.weight = n.weight;
+  g.dy = rows(c.dy, c.N), g.dsum = rows(c.dsum, c.N), g.s = n.s, g.mean = c.mean, g.rstd = c.rstd;
+  g.ds = rows(c.ds, c.N), g.dx = rows(c.dx, c.N);
+  g.dweight = c.dweight, g.dshift = c.dshift, g.dbias = c.dbias;
+  portable::norm_backward(g, parallel);
+
+  ActParams a;
+  a.M = c.M, a.N = c.F, a.u = rows(c.u, c.F), a.g = rows(c.g, c.F), a.act = Act(c.act);
+  a.bias = vec(c.b1), a.gate_bias = vec(c.b_gate), a.dropout = hidden, a.a = rows(c.a, c.F);
+  portable::act_forward(a, parallel);
+
+  ActGrads d;
+  d.M = c.M, d.N = c.F, d.u = a.u, d.g = a.g, d.act = a.act, d.bias = a.bias;
+  d.gate_bias = a.gate_bias, d.dropout = hidden, d.da = rows(c.da, c.F), d.du = rows(c.du, c.F);
+  d.dg = rows(c.dg, c.F), d.a = rows(c.a_again, c.F), d.dbias = c.db1, d.dgate_bias = c.db_gate;
+  portable::act_backward(d, parallel);
+
+  FfnParams f;
+  f.M = c.M, f.D = c.N, f.F = c.F, f.Dout = c.N, f.act = a.act, f.dropout = hidden;
+  f.before = n, f.before.bias = {}, f.before.dropout = {}, f.before.residual = {}, f.before.s = {};
+  f.before.mean = f.before.rstd = nullptr;
+  f.after.M = c.M, f.after.N = c.N, f.after.bias = n.bias, f.after.dropout = output;
+  f.after.residual = n.x, f.after.y = rows(c.ffn_y, c.N);
+  f.w1 = rows(c.w1, c.N), f.w_gate = rows(c.w_gate, c.N), f.w2 = rows(c.w2, c.F);
+  f.b1 = a.bias, f.b_gate = a.gate_bias, f.u = rows(c.ffn_u, c.F), f.a = rows(c.ffn_a, c.F);
+  portable::ffn_forward(f, parallel);
+  return 0;
+}

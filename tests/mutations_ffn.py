@@ -1,0 +1,78 @@
+"""Bugs to plant in the CPU kernels of layernorm_ffn: every one must make a case of
+test_mutations_ffn.py fail. The rules are those of mutations.py."""
+
+from mutations import Mutation
+
+ROWS, NORM, ACT = "rows.h", "layernorm_rows.h", "bias_act.h"
+ACTIVATION, FEW, PHILOX = "activation.h", "ffn_few_rows.h", "philox.h"
+
+MUTATIONS = (
+    # ---- statistics
+    Mutation("variance_of_squares", NORM, "const vf m = set1(mean);", "const vf m = vf{};"),
+    Mutation("deviation_overcorrected", NORM, "return {mean + off,",
+             "return {mean + 2e3f * off,"),
+    Mutation("eps_forgotten", NORM, "std::sqrt(std::max(0.f, var) + eps)",
+             "std::sqrt(std::max(0.f, var))"),
+    Mutation("tail_counted", ROWS, "lane < int32_t(n) ? x : vf{}", "x"),
+    Mutation("rms_has_a_mean", NORM, "const bool rms = p.norm == Norm::kRms;",
+             "const bool rms = false;"),
+    Mutation("overflow_not_done_again", NORM, "return moments_wide(s, N, rms, eps);",
+             "return {mean, 0.f};"),
+    # ---- norm pass
+    Mutation("bias_before_nothing", NORM, "if (bias_) v += load(bias_ + t);", ""),
+    Mutation("residual_dropped_too", NORM, "if (res) v += load(res + t);",
+             "if (res) v += load(res + t) * (drop_.on ? load(mask_.data() + t) : set1(1.f));"),
+    Mutation("shift_forgotten", NORM, "if (shift_) v += load(shift_ + t);"
+             " store(y + t, v);", "store(y + t, v);"),
+    Mutation("dsum_forgotten", NORM, "if (dsum) v += load(dsum + t);", ""),
+    Mutation("no_projection_on_y_hat", NORM, "- load(hat + t) * c2", ""),
+    Mutation("no_mean_of_gradient", NORM, "rms ? 0.f : sums.a * n", "0.f"),
+    Mutation("dweight_of_s", NORM, "fma(d, y, load(dweight + t))", "fma(d, d, load(dweight + t))"),
+    Mutation("dshift_of_h", NORM, "load(dshift + t) + d", "load(dshift + t) + h"),
+    Mutation("dropout_not_in_dx", NORM, "keep == vf{} ? vf{} : load(ds + t) * keep",
+             "load(ds + t)"),
+    Mutation("ds_after_dropout", NORM, "if (g.ds.ptr) write_row(g.ds, m, N, ds);"
+             " if (!g.dx.ptr && !g.dbias) return;",
+             "if (g.ds.ptr) write_row(g.ds, m, N, ds_.data());"
+             " if (!g.dx.ptr && !g.dbias) return;"
+             " if (g.ds.ptr) std::memset(row_of(g.ds, m), 0, 4);"),
+    # ---- sums over rows
+    Mutation("block_not_cleared", ROWS, "std::fill_n(part(block, 0), size_, 0.f);",
+             "std::fill_n(part(block, 0), n_, 0.f);"),
+    Mutation("last_block_lost", ROWS, "for (int64_t b = 0; b < blocks_; ++b)",
+             "for (int64_t b = 0; b + 1 < blocks_ || b == 0; ++b)"),
+    Mutation("rows_of_block_lost", NORM, "std::min(g.M, (b + 1) * blocks.rows); ++m)"
+             " pass.row(m, sums.part(b, NormBackward::kDweight)",
+             "std::min(g.M, (b + 1) * blocks.rows) - (b > 0); ++m)"
+             " pass.row(m, sums.part(b, NormBackward::kDweight)"),
+    # ---- act pass
+    Mutation("gate_and_up_swapped", ACT, "activate<kAct>(v) * up", "activate<kAct>(up) * v"),
+    Mutation("gate_bias_forgotten", ACT, "if (gate_bias_) v += load(gate_bias_ + t);"
+             " y = activate<kAct>(v) * up;", "y = activate<kAct>(v) * up;"),
+    Mutation("hidden_dropout_not_in_backward", ACT, "if (drop_.on) d = keep == vf{} ? vf{} : d"
+             " * keep;", ""),
+    Mutation("dgate_without_up", ACT, "d * up * f.dy", "d * f.dy"),
+    Mutation("dup_without_gate", ACT, "y = f.y * up, dup = d * f.y", "y = f.y * up, dup = d * up"),
+    Mutation("db1_of_da", ACT, "load(dbias + t) + dup", "load(dbias + t) + d"),
+    Mutation("recomputed_a_not_dropped", ACT, "keep == vf{} ? vf{} : y * keep) : y",
+             "y) : y"),
+    # ---- activations
+    Mutation("gelu_bell_sign", ACTIVATION, "fma(x * 0.3989422804f, bell, phi)",
+             "fma(x * -0.3989422804f, bell, phi)"),
+    Mutation("gelu_coefficient", ACTIVATION, "0.13986341655254364f", "0.1398f"),
+    Mutation("gelu_tanh_cubic", ACTIVATION, "3.f * k * 0.044715f", "k * 0.044715f"),
+    Mutation("silu_slope", ACTIVATION, "s : fma(x, slope, s)", "s : fma(x, s, s)"),
+    Mutation("relu2_derivative", ACTIVATION, "{y * y, 2.f * y}", "{y * y, y}"),
+    # ---- few rows
+    Mutation("second_row_of_four", FEW, "x + m * ldx, ldx, out + m * ldo, ldo);"
+             " if (p.M & 2)", "x + m * ldx, ldx, out + m * ldo, ldo);"
+             " if (p.M & 2 && p.M < 2)"),
+    Mutation("column_tail_of_dots", FEW, "first_lanes(load(x + k), K - k)", "vf{}"),
+    Mutation("hidden_dropout_of_other_column", FEW, "drop_.row(i >> 32, i, n0,",
+             "drop_.row(i >> 32, i, 0,"),
+    Mutation("b1_of_first_columns", FEW, "const Vec b1 = from(p.b1, n0)",
+             "const Vec b1 = from(p.b1, 0)"),
+    # ---- dropout
+    Mutation("sites_share_a_mask", PHILOX, "c.word[2][l] = uint32_t(bh), c.word[3][l] = site;",
+             "c.word[2][l] = uint32_t(bh), c.word[3][l] = 0;"),
+)  # fmt: skip

@@ -1,0 +1,187 @@
+"""Bugs planted in the CPU kernels of layernorm_ffn, one at a time: some case must fail for each.
+
+The machinery is that of test_mutations.py, the rule that of tools.py.
+"""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mutant
+import mutant_ffn
+import numpy as np
+import pytest
+import torch
+from mutations import Mutation
+from mutations_ffn import MUTATIONS
+from test_mutations import CPU, HERE, JOBS, build, mutate
+from tools import assert_within, one_thread
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.ops.layernorm_op import ACTIVATIONS, NORMS
+
+# name -> sizes and options; rows of 19, 33, ... have tails on every instruction set.
+CASES: dict[str, dict[str, Any]] = {
+    "layer": {"M": 37, "N": 33, "F": 50, "norm": "layer", "act": "gelu"},
+    "rms_gated": {"M": 13, "N": 50, "F": 19, "norm": "rms", "act": "silu", "gated": True},
+    "dropout_gated": {"M": 14, "N": 70, "F": 83, "norm": "layer", "act": "gelu_tanh",
+                      "gated": True, "dropout_p": 0.3},
+    "dropout": {"M": 6, "N": 40, "F": 90, "norm": "layer", "act": "relu2", "dropout_p": 0.4},
+    "mean_1000": {"M": 9, "N": 300, "F": 8, "norm": "layer", "act": "relu", "offset": 1000.0},
+    "large_eps": {"M": 5, "N": 18, "F": 8, "norm": "layer", "act": "silu", "eps": 2.0},
+    "many_rows": {"M": 700, "N": 21, "F": 9, "norm": "layer", "act": "gelu"},
+    "overflow": {"M": 3, "N": 33, "F": 4, "norm": "layer", "act": "relu", "scale": 1e25},
+}  # fmt: skip
+
+
+class Case:
+    """Arguments, and what is right."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = {"eps": 1e-5, "dropout_p": 0.0, **spec}
+        m, n, f = (spec[k] for k in "MNF")
+        shapes = {
+            "x": (m, n), "residual": (m, n), "bias": (n,), "weight": (n,), "shift": (n,),
+            "dy": (m, n), "dsum": (m, n), "u": (m, f), "b1": (f,), "da": (m, f), "w1": (f, n),
+            "w2": (n, f),
+        }  # fmt: skip
+        if spec.get("gated"):
+            shapes |= {"g": (m, f), "b_gate": (f,), "w_gate": (f, n)}
+        self.tensors = {k: torch.randn(s) for k, s in shapes.items()}
+        self.tensors["x"] *= spec.get("scale", 1.0)
+        self.tensors["x"] += spec.get("offset", 0.0)
+        for k in ("w1", "w2", "w_gate"):
+            if k in shapes:
+                self.tensors[k] *= shapes[k][1] ** -0.5
+        with one_thread():
+            self.right = self.results(torch.float64)
+            self.plain = [self.results(torch.float32), self.results(torch.float32, turned=True)]
+            if "scale" in spec:  # plain PyTorch overflows
+                self.plain = [{k: x.float() for k, x in self.right.items()}]
+        numbers = {
+            "M": m, "N": n, "F": f, "norm": NORMS[spec["norm"]], "act": ACTIVATIONS[spec["act"]],
+            "seed": 2**40 + 7, "threads": 3, "eps": self.spec["eps"],
+            "dropout_p": self.spec["dropout_p"],
+        }  # fmt: skip
+        self.arrays = {k: x.numpy() for k, x in self.tensors.items()}
+        self.arrays |= {k: np.asarray(x) for k, x in numbers.items()}
+
+    def results(self, dtype: torch.dtype, turned: bool = False) -> dict[str, Tensor]:
+        """By the reference; turned: with sums over rows in another order."""
+        t = {k: x.to(dtype, copy=True).requires_grad_() for k, x in self.tensors.items()}
+        spec = self.spec
+        p, seed = spec["dropout_p"], 2**40 + 7
+        gate, gate_bias = t.get("g"), t.get("b_gate")
+
+        y, s = reference.add_layer_norm(
+            t["x"] + t["bias"], t["residual"], t["weight"], None, norm=spec["norm"],
+            eps=spec["eps"], dropout_p=p, seed=seed,
+        )  # fmt: skip
+        y = y + t["shift"]
+        a = reference.bias_act(
+            t["u"], t["b1"], activation=spec["act"], gate=gate, gate_bias=gate_bias, dropout_p=p,
+            seed=seed,
+        )  # fmt: skip
+        inner, _ = reference.add_layer_norm(
+            t["x"], None, t["weight"], t["shift"] if spec["norm"] == "layer" else None,
+            norm=spec["norm"], eps=spec["eps"],
+        )  # fmt: skip
+        if spec["norm"] == "rms":
+            inner = inner + t["shift"]
+        gated = inner @ t["w_gate"].T if "w_gate" in t else None
+        u = inner @ t["w1"].T
+        hidden = reference.bias_act(
+            u, t["b1"], activation=spec["act"], gate=gated, gate_bias=gate_bias, dropout_p=p,
+            seed=seed,
+        )  # fmt: skip
+        _, ffn_y = reference.add_layer_norm(
+            hidden @ t["w2"].T + t["bias"], t["x"], norm=None, dropout_p=p, seed=seed
+        )
+        out = {"y": y, "s": s, "a": a, "a_again": a}
+        out |= {"ffn_y": ffn_y, "ffn_u": u, "ffn_a": hidden}
+        upstream = [self.tensors[k].to(dtype) for k in ("dy", "dsum")]
+        names = ("x", "residual", "weight", "shift", "bias")
+        grads = torch.autograd.grad((y, s), [t[k] for k in names], upstream, retain_graph=True)
+        out |= dict(zip(("dx", "ds", "dweight", "dshift", "dbias"), grads, strict=True))
+        names = ("u", "b1", *(("g", "b_gate") if gate is not None else ()))
+        grads = torch.autograd.grad(a, [t[k] for k in names], self.tensors["da"].to(dtype))
+        out |= dict(zip(("du", "db1", "dg", "db_gate"), grads, strict=False))
+        if turned:
+            for total, of in (("dshift", upstream[0]), ("dbias", out["dx"]), ("db1", out["du"])):
+                out[total] = of.flip(0).cumsum(0)[-1]
+        return {k: x.detach() for k, x in out.items()}
+
+    def verdict(self, results: dict[str, np.ndarray]) -> str | None:
+        """None where the results are right, else what is wrong with them."""
+        try:
+            for k, x in self.right.items():
+                assert_within(k, torch.from_numpy(results[k]), x, [p[k] for p in self.plain])
+        except AssertionError as error:
+            return str(error).splitlines()[0]
+        return None
+
+
+class Lab:
+    """The cases, and a folder to build mutants in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cases = {n: Case(spec) for n, spec in CASES.items()}
+        self.inputs = folder / "in.npz"
+        np.savez(
+            self.inputs,
+            **{f"{c}/{n}": x for c, case in self.cases.items() for n, x in case.arrays.items()},
+        )
+
+    def failures(self, mutation: Mutation | None) -> dict[str, str]:
+        """What each case finds wrong, by case; a death is found by all."""
+        library = build(
+            self.folder / (mutation.name if mutation else "none"), mutation,
+            shim="mutant_ffn_shim.cpp", source="layernorm_ffn_portable.cpp",
+        )  # fmt: skip
+        out = library.with_name("out.npz")
+        command = [sys.executable, str(HERE / "mutant_ffn.py"), library, self.inputs, out]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode < 0:
+            return {"(all)": f"died of signal {-done.returncode}"}
+        assert done.returncode == 0, done.stderr
+        with np.load(out) as file:
+            found = mutant.nested(dict(file))
+        verdicts = {n: case.verdict(found[n]) for n, case in self.cases.items()}
+        return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    torch.manual_seed(0)
+    return Lab(tmp_path_factory.mktemp("ffn_mutants"))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutation_has_its_place(mutation: Mutation) -> None:
+    text = (CPU / mutation.file).read_text()
+    assert mutate(text, mutation) != text
+
+
+def test_results_have_their_arguments() -> None:
+    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+    assert set(mutant_ffn.RESULTS) >= {"y", "dx", "a", "du", "ffn_y"}
+
+
+def test_the_kernels_themselves_pass(lab: Lab) -> None:
+    assert lab.failures(None) == {}
+
+
+@pytest.mark.slow
+def test_every_mutation_is_caught(lab: Lab) -> None:
+    with ThreadPoolExecutor(JOBS) as pool:
+        found = [*pool.map(lab.failures, MUTATIONS)]
+    caught = {m.name: failures for m, failures in zip(MUTATIONS, found, strict=True)}
+    for name, failures in caught.items():
+        print(f"{name:30} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
+    idle = [c for c in CASES if not any(c in failures for failures in caught.values())]
+    print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
+    assert [name for name, failures in caught.items() if not failures] == []
