@@ -7,10 +7,10 @@ in order. An explicit backend that cannot serve a call raises; ``auto`` takes th
 |--------|-------------------|------------------------------------------------------------------|
 | cpu    | cpu, reference    | the C++ kernels serve fp32, bf16 and fp16; fp64 is the oracle's  |
 | cuda   | triton, cuda,     | sm_80 and newer (triton: gfx9 too), each checked at first use    |
-|        | reference         | (fastattn.first_use). triton first: it has both directions; cuda |
-|        |                   | has no backward of its own yet and borrows Triton's. fp64 and    |
-|        |                   | head_dim above 256 go to plain PyTorch, with one warning, as does|
-|        |                   | everything on GPUs before sm_80                                  |
+|        | reference         | (fastattn.first_use). triton first: on sm_90 and sm_100 it has   |
+|        |                   | their own tensor-core instructions, cuda those of sm_80. fp64    |
+|        |                   | and head_dim above 256 go to plain PyTorch, with one warning, as |
+|        |                   | does everything on GPUs before sm_80                             |
 | other  | reference         | plain PyTorch runs wherever torch does                           |
 """
 

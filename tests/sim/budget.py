@@ -39,7 +39,12 @@ _WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 
 _ELEMENTS = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 _DTYPES = {0: "fp32", 1: "bf16", 2: "fp16"}  # csrc/operands.h
-_KERNEL = re.compile(r"(\d+)(attention_\w+?_kernel)INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?")
+# Of a Config<element, head dim[, laden[, atomics]]>, of an element, or no template.
+_KERNEL = re.compile(
+    r"\d(attention_\w+?_kernel)"
+    r"(?:INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?(?:Lb(\d)E)?|I(f|6__half|13__nv_bfloat16)E)?"
+)
+_NO_PRODUCT = ("prepare", "dsinks", "dq")
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,9 @@ def measure(arch: str) -> dict[str, Figures]:
     cuda = module().cuda
     read = _read(arch)
     found = {}
-    for v in (*cuda.attention_forward_variants(), *cuda.attention_weights_variants()):
-        kind = "laden" if v["laden"] else "plain"
-        name = f"{v['kernel']} {_DTYPES[v['dtype']]} d{v['head_dim']} {kind}"
+    tables = ("attention_forward", "attention_weights", "attention_backward")
+    for v in (x for table in tables for x in getattr(cuda, f"{table}_variants")()):
+        name = _name(v["kernel"], _DTYPES[v["dtype"]], v["head_dim"], v["laden"], v["atomics"])
         if name not in read:
             raise BudgetError(f"{arch}: {name} is in the launcher's table, not in the cubin")
         registers, spills, mma = read.pop(name)
@@ -150,9 +155,15 @@ def _variant(function: str) -> str:
     match = _KERNEL.search(function)
     if match is None:
         raise BudgetError(f"no variant of a kernel that the budget knows: {function}")
-    _, kernel, element, head_dim, laden = match.groups()
-    # A kernel without a choice serves every feature.
-    return f"{kernel} {_ELEMENTS[element]} d{head_dim} {'plain' if laden == '0' else 'laden'}"
+    kernel, element, head_dim, laden, atomics, alone = match.groups()
+    dtype = _ELEMENTS[element or alone or "f"]
+    # A kernel without a choice serves every feature, one without a head dim every head dim.
+    return _name(kernel, dtype, int(head_dim or 256), laden != "0", atomics == "1")
+
+
+def _name(kernel: str, dtype: str, head_dim: int, laden: bool, atomics: bool) -> str:
+    name = f"{kernel} {dtype} d{head_dim} {'laden' if laden else 'plain'}"
+    return f"{name} atomics" if atomics else name
 
 
 def rules(arch: str, name: str, now: Figures) -> list[str]:
@@ -162,7 +173,8 @@ def rules(arch: str, name: str, now: Figures) -> list[str]:
         wrong.append(f"{now.spills} spill instructions")
     if now.shared > _SHARED[arch][1]:
         wrong.append(f"shared {now.shared} > the limit {_SHARED[arch][1]}")
-    if now.mma == 0:
+    without = name.split("_kernel")[0].rpartition("_")[2] in _NO_PRODUCT
+    if now.mma == 0 and not without:
         wrong.append("no tensor-core instruction in a loop")
     usual = re.search(r"(bf16|fp16) d(64|128) ", name) is not None
     if arch == "sm_80" and usual and now.blocks < 2 and now.warps < 8:

@@ -57,16 +57,15 @@ class BuildError(RuntimeError):
 
 def operators() -> Path:
     """The shared library that registers the CUDA ops' kernels under torch's CPU key."""
-    binding = _object(
-        CSRC / "bindings" / "attention_cuda.cpp",
-        (
-            "-DFASTATTN_STAND_IN",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            f"-isystem{TORCH}/include",
-        ),
-    )
     libraries = [f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib", "-ltorch_cpu"]
-    return _link("operators", [binding, *cuda_objects(), stand_in()], libraries)
+    return _link("operators", [binding(), *cuda_objects(), stand_in()], libraries)
+
+
+def binding() -> Path:
+    """The CUDA ops' binding, for CPU tensors."""
+    flags = ("-DFASTATTN_STAND_IN", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    source = CSRC / "bindings" / "attention_cuda.cpp"
+    return _object(source, (*flags, f"-isystem{TORCH}/include"))
 
 
 def kernels() -> Path:
