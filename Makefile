@@ -31,7 +31,7 @@ export FASTATTN_CUDA ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup demo doctor test lint format verify verify-rungs verify-sim verify-full budgets \
-        mutations bench wheel test-gpu bench-gpu clean
+        mutations bench model wheel test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,8 @@ help:
 	@echo "make verify       the GPU kernels without a GPU: bounds, races, values, launches, machine code,"
 	@echo "                  planted bugs (tests/rungs: Triton, tests/sim: CUDA and simulators); minutes"
 	@echo "make bench        the speed and memory table (bench/RESULTS.md)"
+	@echo "make model        what the GPU kernels would reach, from their machine code; no GPU needed, many"
+	@echo "                  minutes the first time (bench/model/REPORT.md)"
 	@echo "make wheel        one cp310-abi3 wheel in dist/"
 	@echo "make verify-full  verify for every dtype, head dim and architecture, and after pipelining;"
 	@echo "                  that wheel under torch 2.10.0, 2.13.0 and 2.14.1, in fresh environments"
@@ -91,6 +93,12 @@ format: $(BUILD)
 
 bench: $(BUILD)
 	$(BIN)/python -m bench $(ARGS)
+
+# Compiles every kernel for six architectures; tests/ has the compilers, bench/ only reads cubins.
+model: $(BUILD) $(SIM) $(RUNGS)
+	PYTHONPATH=tests $(BIN)/python -m sim cubins --out build/model/cuda
+	PYTHONPATH=tests $(BIN)/python -m rungs cubins --out build/model/triton
+	$(BIN)/python -m bench.model --write $(ARGS)
 
 wheel: $(BUILD)
 	@rm -rf build/lib* build/bdist*

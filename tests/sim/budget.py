@@ -13,10 +13,10 @@ import hashlib
 import json
 import re
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rungs import budget_file
 from rungs.aot import TOOLS, mma_in_loops
@@ -75,14 +75,9 @@ class BudgetError(AssertionError):
 
 def measure(arch: str) -> dict[str, Figures]:
     """Figures by variant, e.g. "attention_fwd_kernel bf16 d64 plain"."""
-    from .kernels import module
-
-    cuda = module().cuda
     read = _read(arch)
     found = {}
-    tables = ("attention_forward", "attention_weights", "attention_backward")
-    for v in (x for table in tables for x in getattr(cuda, f"{table}_variants")()):
-        name = _name(v["kernel"], _DTYPES[v["dtype"]], v["head_dim"], v["laden"], v["atomics"])
+    for name, v in variants().items():
         if name not in read:
             raise BudgetError(f"{arch}: {name} is in the launcher's table, not in the cubin")
         registers, spills, mma = read.pop(name)
@@ -92,6 +87,19 @@ def measure(arch: str) -> dict[str, Figures]:
         )
     if read:
         raise BudgetError(f"{arch}: compiled, but in no launcher's table: {', '.join(read)}")
+    return found
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """The launchers' tables, by the name of a variant: tile, threads, shared memory."""
+    from .kernels import module
+
+    cuda = module().cuda
+    tables = ("attention_forward", "attention_weights", "attention_backward")
+    found = {}
+    for v in (x for table in tables for x in getattr(cuda, f"{table}_variants")()):
+        name = _name(v["kernel"], _DTYPES[v["dtype"]], v["head_dim"], v["laden"], v["atomics"])
+        found[name] = v
     return found
 
 
@@ -122,16 +130,10 @@ def of_source(source: Path, arch: str) -> dict[str, list[int]]:
     if kept.exists():
         found: dict[str, list[int]] = json.loads(kept.read_text())
         return found
-    tools = build.toolkit()
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        command = [str(tools.nvcc), *build.NVCC_FLAGS, f"-arch={arch}", "-cubin", *tools.flags()]
-        done = subprocess.run(
-            [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise BudgetError(f"{source.name} for {arch}: {done.stderr[-500:]}")
-        found = _figures(cubin)
+    try:
+        found = _figures(build.cubin(source, arch))
+    except build.BuildError as error:
+        raise BudgetError(f"{source.name} for {arch}: {str(error)[-500:]}") from error
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found))
     return found
@@ -147,11 +149,12 @@ def _figures(cubin: Path) -> dict[str, list[int]]:
     for part in re.split(r"^\s*\.section\s+\.text\.", tool("nvdisasm", "-c"), flags=re.M)[1:]:
         function = part.split(",", 1)[0]
         spills = len(re.findall(r"\b(?:STL|LDL)\b", part))
-        found[_variant(function)] = [int(usage[function]), spills, mma_in_loops(part)]
+        found[variant(function)] = [int(usage[function]), spills, mma_in_loops(part)]
     return found
 
 
-def _variant(function: str) -> str:
+def variant(function: str) -> str:
+    """The variant's name, from the mangled one."""
     match = _KERNEL.search(function)
     if match is None:
         raise BudgetError(f"no variant of a kernel that the budget knows: {function}")

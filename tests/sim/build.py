@@ -115,6 +115,12 @@ def ptx_of(source: Path, arch: int = 80, defines: Sequence[str] = ()) -> Path:
     return _compile(command, source, (str(source),), ".ptx", nvcc_version=tools.version)
 
 
+def cubin(source: Path, arch: str) -> Path:
+    """The machine code of one .cu file for "sm_80" or another."""
+    command = [str(toolkit().nvcc), *NVCC_FLAGS, f"-arch={arch}", "-cubin", *toolkit().flags()]
+    return _compile(command, source, (str(source),), ".cubin", nvcc_version=toolkit().version)
+
+
 def stand_in() -> Path:
     """The stand-in for libcudart, as an object to link with."""
     return _object(HERE / "cudart" / "cudart.cpp")
