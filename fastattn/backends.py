@@ -17,6 +17,7 @@ in order. An explicit backend that cannot serve a call raises; ``auto`` takes th
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import warnings
@@ -51,6 +52,11 @@ _AUTO: dict[str, tuple[str, ...]] = {
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
 
+# The oldest driver of each CUDA runtime's generation (CUDA's "minor version compatibility": within
+# a major version any runtime works with any driver). The wheel's PTX wants the same one, as long as
+# it comes from the first toolkit of a generation, 13.0.
+_MINIMUM_DRIVER = {12: "525", 13: "580"}
+
 # True while a test runs the CUDA kernels on CPU tensors: it has loaded the binding that tests/sim
 # builds for them.
 cuda_stand_in = False
@@ -71,6 +77,52 @@ class BackendInfo:
     usable: bool
     why: str
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CudaBuild:
+    """What ``fastattn._C_cuda`` was built with, and what this machine's driver is for it.
+
+    Versions are (major, minor) of CUDA; ``driver`` is the newest that the driver knows, None
+    without one. ``cubins`` and ``ptx`` name architectures: "80", "90a".
+    """
+
+    runtime: tuple[int, int]
+    driver: tuple[int, int] | None
+    cubins: tuple[str, ...]
+    ptx: tuple[str, ...]
+
+    @property
+    def minimum_driver(self) -> str:
+        return _MINIMUM_DRIVER.get(self.runtime[0], f"one of CUDA {self.runtime[0]}")
+
+    def why_not(self) -> str | None:
+        """None where the driver is new enough, or there is none at all; else the reason."""
+        if self.driver is None or self.driver[0] >= self.runtime[0]:
+            return None
+        return (
+            f"fastattn was built with CUDA {_dotted(self.runtime)} and needs driver "
+            f"{self.minimum_driver} or later; the one here knows CUDA up to {_dotted(self.driver)}"
+        )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+@functools.cache
+def cuda_build() -> CudaBuild | None:
+    """Facts about ``fastattn._C_cuda``, None where it is not there; asks the driver its version."""
+    if _C_CUDA_ERROR:
+        return None
+    info = fastattn._C_cuda.build_info()
+    runtime, driver = (divmod(info[name], 1000) for name in ("runtime", "driver"))
+    return CudaBuild(
+        runtime=(runtime[0], runtime[1] // 10),
+        driver=(driver[0], driver[1] // 10) if info["driver"] else None,
+        cubins=tuple(info["cubins"].split(",")),
+        ptx=tuple(filter(None, info["ptx"].split(","))),
+    )
 
 
 def backends() -> list[BackendInfo]:
@@ -126,12 +178,17 @@ def _cuda_info() -> BackendInfo:
 def _cuda_missing() -> str | None:
     if torch.version.hip:
         return "its kernels are for NVIDIA GPUs; this torch is built for ROCm"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built for CPUs; the kernels need one built for CUDA"
     if _C_CUDA_ERROR:
         return (
             f"fastattn._C_cuda is not built or does not load ({_C_CUDA_ERROR}); build fastattn "
-            "with nvcc and FASTATTN_CUDA=1"
+            "with nvcc and FASTATTN_CUDA=1, or install its CUDA wheel"
         )
-    return None
+    if torch.compiler.is_compiling():  # no tracer follows a call into the extension
+        return None
+    build = cuda_build()
+    return build.why_not() if build is not None else None
 
 
 def _new_enough() -> bool:

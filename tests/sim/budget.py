@@ -1,6 +1,7 @@
 """The budget of the CUDA kernels: what each compiled variant may take on each architecture.
 
-The .cu files are compiled for an architecture to a cubin, and that is read, kernel by kernel:
+The .cu files are compiled for an architecture as the wheel has it (setup.py's flags, the PTX of the
+lowest architecture translated for this one), and the cubin is read, kernel by kernel:
 registers, spill instructions, tensor-core instructions in loops; blocks an SM follow from registers
 and shared memory. `budgets.json` has one line a variant (`python -m sim budgets --write`). A figure
 worse than its line fails, and whatever the file says: no spills, shared memory below the
@@ -25,7 +26,6 @@ from . import build
 
 FILE = Path(__file__).with_name("budgets.json")
 SAMPLE = ("sm_80",)  # what `make verify` compiles
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")  # what the wheel holds
 _KB = 1024
 # Bytes of shared memory: of an SM, and the most a block may ask for. The system keeps 1 KB a block.
 _SHARED = {
@@ -45,6 +45,15 @@ _KERNEL = re.compile(
     r"(?:INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?(?:Lb(\d)E)?|I(f|6__half|13__nv_bfloat16)E)?"
 )
 _NO_PRODUCT = ("prepare", "dsinks", "dq")
+
+
+def shipped() -> Any:
+    """The architectures of a wheel, as csrc/cuda/toolkit.py has them."""
+    module = build.toolkit_module()
+    return module.Architectures.parse(module.ARCHS)
+
+
+ARCHS = tuple(f"sm_{cubin}" for cubin in shipped().cubins)
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def _read(arch: str) -> dict[str, tuple[int, int, int]]:
 
 def of_source(source: Path, arch: str) -> dict[str, list[int]]:
     digest = hashlib.sha256(Path(__file__).read_bytes() + arch.encode())
-    for path in (source, *build.headers(source)):
+    for path in (source, *build.headers(source), build.TOOLKIT):
         digest.update(path.read_bytes())
     kept = build.KEPT / f"{digest.hexdigest()[:16]}-{source.stem}-{arch}.json"
     if kept.exists():

@@ -4,6 +4,7 @@ Kernels run in the PTX simulator, on shapes of one tile."""
 import importlib
 import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,10 +73,14 @@ def test_what_it_cannot_serve_is_named(gpu: Device) -> None:
     assert not gpu.launches
 
 
+BUILD = backends.CudaBuild(runtime=(13, 0), driver=(13, 0), cubins=("80",), ptx=("80",))
+
+
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with an sm_80, as far as choosing a backend goes."""
     monkeypatch.setattr(backends, "_C_CUDA_ERROR", "")
+    monkeypatch.setattr(backends, "cuda_build", lambda: BUILD)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A Name")
@@ -103,6 +108,7 @@ def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("_C_CUDA_ERROR", "No module named 'fastattn._C_cuda'"), "not built.*FASTATTN_CUDA=1"),
         (("_new_enough", lambda: False), "8.0"),
+        (("cuda_build", lambda: replace(BUILD, driver=(12, 8))), "needs driver 580 or later"),
     ],
 )
 def test_reasons(monkeypatch: pytest.MonkeyPatch, change: tuple[str, Any], why: str) -> None:
