@@ -171,7 +171,7 @@ def _cuda_info() -> BackendInfo:
     name = torch.cuda.get_device_name()
     if not _new_enough():
         return BackendInfo("cuda", False, f"{name} is older than compute capability 8.0")
-    why = "CUDA C++ kernels for fp32, bf16, fp16 (forward; gradients by triton or reference)"
+    why = "CUDA C++ kernels for fp32, bf16, fp16"
     return BackendInfo("cuda", True, why, {"device": name})
 
 
