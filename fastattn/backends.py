@@ -1,17 +1,24 @@
 """Which backends exist here, why not the rest, and which one an op takes.
 
-The whole policy is the table ``_AUTO`` below: for a device type, the backends that ``auto`` tries
-in order. An explicit backend that cannot serve a call raises; ``auto`` takes the next one that can.
+The whole policy is the table ``_AUTO`` below: the backends that ``auto`` tries in order. An
+explicit backend that cannot serve a call raises; ``auto`` takes the next one that can.
 
-| device | order             | why                                                              |
-|--------|-------------------|------------------------------------------------------------------|
-| cpu    | cpu, reference    | the C++ kernels serve fp32, bf16 and fp16; fp64 is the oracle's  |
-| cuda   | triton, cuda,     | sm_80 and newer (triton: gfx9 too), each checked at first use    |
-|        | reference         | (fastattn.first_use). triton first: on sm_90 and sm_100 it has   |
-|        |                   | their own tensor-core instructions, cuda those of sm_80. fp64    |
-|        |                   | and head_dim above 256 go to plain PyTorch, with one warning, as |
-|        |                   | does everything on GPUs before sm_80                             |
-| other  | reference         | plain PyTorch runs wherever torch does                           |
+| device          | order           | why                                                          |
+|-----------------|-----------------|--------------------------------------------------------------|
+| cpu             | cpu, reference  | the C++ kernels serve fp32, bf16, fp16; fp64 is the oracle's |
+| cuda 9.x, 10.x  | triton, cuda,   | 16 bit: these have tensor-core instructions of their own,    |
+|                 | reference       | which Triton emits and the CUDA C++ kernels do not           |
+| cuda 8.x, 12.x  | cuda, triton,   | 16 bit: one kind of instruction; the CUDA C++ tiles read     |
+|                 | reference       | less shared memory a product (bench/model/REPORT.md: model)  |
+| cuda, fp32      | cuda, triton,   | products on the tensor cores (3 x tf32), Triton's on the FMA |
+|                 | reference       | units, which have 3/8 (A100) to 1/2 (H100) of that rate      |
+| ROCm            | triton,         | nothing else is compiled for it                              |
+|                 | reference       |                                                              |
+| other           | reference       | plain PyTorch runs wherever torch does                       |
+
+GPU kernels check themselves at first use (fastattn.first_use); none was timed on hardware yet, so
+the order is arithmetic. fp64 and head_dim above 256 go to plain PyTorch, with one warning, as does
+everything on GPUs before compute capability 8.0.
 """
 
 from __future__ import annotations
@@ -47,7 +54,8 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 _AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "cuda", "reference"),
+    "cuda 9, 10": ("triton", "cuda", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
 }
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
@@ -316,6 +324,14 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int
 _chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
 
 
+def _order(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The row of the table."""
+    nvidia = device == "cuda" and not torch.version.hip and torch.cuda.is_available()
+    if nvidia and dtype != torch.float32 and torch.cuda.get_device_capability()[0] in (9, 10):
+        return _AUTO["cuda 9, 10"]
+    return _AUTO.get(device, ("reference",))
+
+
 def _select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
@@ -324,7 +340,7 @@ def _select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: in
         if why is not None:
             raise ValueError(f"fastattn::{op}: backend={backend!r} cannot serve this call: {why}")
         return backend
-    for candidate in _AUTO.get(device, ("reference",)):
+    for candidate in _order(device, dtype):
         why = _why_not(op, candidate, device, dtype, head_dim)
         if why is None:
             break

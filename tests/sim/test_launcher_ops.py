@@ -93,11 +93,20 @@ def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {b.name: b for b in fastattn.backends()}
     assert rows["cuda"].usable
     assert rows["cuda"].details == {"device": "A Name"}
-    assert select("attention", "auto", "cuda", f32, 64) == "triton"
-    assert select("attention", "cuda", "cuda", f32, 64) == "cuda"
+    assert select("attention", "triton", "cuda", f32, 64) == "triton"
+    for capability, first in {(8, 0): "cuda", (8, 9): "cuda", (9, 0): "triton", (10, 0): "triton",
+                              (12, 0): "cuda"}.items():  # fmt: skip
+        monkeypatch.setattr(backends, "_chosen", {})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        assert select("attention", "auto", "cuda", f32, 64) == "cuda"
+        assert select("attention", "auto", "cuda", torch.bfloat16, 64) == first, capability
+    for missing, left in (("_triton_missing", "cuda"), ("_cuda_missing", "triton")):
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "_chosen", {})
+            patch.setattr(backends, missing, lambda: "it is not installed")
+            for dtype in (f32, torch.float16):
+                assert select("attention", "auto", "cuda", dtype, 64) == left
     monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "_triton_missing", lambda: "triton is not installed")
-    assert select("attention", "auto", "cuda", f32, 64) == "cuda"
     with pytest.warns(PerformanceWarning, match="reference"):
         assert select("attention", "auto", "cuda", f32, 300) == "reference"
 
