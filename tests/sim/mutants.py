@@ -106,7 +106,7 @@ CASES: dict[str, Callable[[torch.dtype], Problem]] = {
     "wide_head": lambda t: padded(b=1, h=1, sq=70, sk=70, d=256, dtype=t),
     # Sequences without rows, without keys, without either.
     "no_rows": lambda t: packed([0, 9, 0, 3], [5, 0, 0, 3], h=2, d=64, dtype=t),
-    "huge": lambda t: padded(b=1, h=1, sq=70, sk=70, d=64, dtype=t, kind="huge"),
+    "huge": lambda t: padded(b=1, h=2, hk=1, sq=70, sk=90, d=24, dtype=t, kind="huge"),
     "softcap": lambda t: padded(b=1, h=2, sq=70, sk=90, d=64, dtype=t, softcap=1.5),
     "bias_of_keys": lambda t: padded(b=1, h=4, hk=2, sq=70, sk=90, d=64, dtype=t,
         bias=torch.randn(4, 1, 90)),
