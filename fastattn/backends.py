@@ -1,22 +1,30 @@
 """Which backends exist here, why not the rest, and which one an op takes.
 
-The whole policy is the table ``_AUTO`` below: for a device type, the backends that ``auto`` tries
-in order. An explicit backend that cannot serve a call raises; ``auto`` takes the next one that can.
+The whole policy is the table ``_AUTO`` below: the backends that ``auto`` tries in order. An
+explicit backend that cannot serve a call raises; ``auto`` takes the next one that can.
 
-| device | order             | why                                                              |
-|--------|-------------------|------------------------------------------------------------------|
-| cpu    | cpu, reference    | the C++ kernels serve fp32, bf16 and fp16; fp64 is the oracle's  |
-| cuda   | triton, cuda,     | sm_80 and newer (triton: gfx9 too), each checked at first use    |
-|        | reference         | (fastattn.first_use). triton first: it has both directions; cuda |
-|        |                   | has no backward of its own yet and borrows Triton's. fp64 and    |
-|        |                   | head_dim above 256 go to plain PyTorch, with one warning, as does|
-|        |                   | everything on GPUs before sm_80                                  |
-| other  | reference         | plain PyTorch runs wherever torch does                           |
+| device          | order           | why                                                          |
+|-----------------|-----------------|--------------------------------------------------------------|
+| cpu             | cpu, reference  | the C++ kernels serve fp32, bf16, fp16; fp64 is the oracle's |
+| cuda 9.x, 10.x  | triton, cuda,   | 16 bit: these have tensor-core instructions of their own,    |
+|                 | reference       | which Triton emits and the CUDA C++ kernels do not           |
+| cuda 8.x, 12.x  | cuda, triton,   | 16 bit: one kind of instruction; the CUDA C++ tiles read     |
+|                 | reference       | less shared memory a product (bench/model/REPORT.md: model)  |
+| cuda, fp32      | cuda, triton,   | products on the tensor cores (3 x tf32), Triton's on the FMA |
+|                 | reference       | units, which have 3/8 (A100) to 1/2 (H100) of that rate      |
+| ROCm            | triton,         | nothing else is compiled for it                              |
+|                 | reference       |                                                              |
+| other           | reference       | plain PyTorch runs wherever torch does                       |
+
+GPU kernels check themselves at first use (fastattn.first_use); none was timed on hardware yet, so
+the order is arithmetic. fp64 and head_dim above 256 go to plain PyTorch, with one warning, as does
+everything on GPUs before compute capability 8.0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import warnings
@@ -46,11 +54,17 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 _AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "cuda", "reference"),
+    "cuda 9, 10": ("triton", "cuda", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
 }
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
 _GPU_OPS = ("attention", "attention_varlen")  # what they have kernels of, up to now
+
+# The oldest driver of each CUDA runtime's generation (CUDA's "minor version compatibility": within
+# a major version any runtime works with any driver). The wheel's PTX wants the same one, as long as
+# it comes from the first toolkit of a generation, 13.0.
+_MINIMUM_DRIVER = {12: "525", 13: "580"}
 
 # True while a test runs the CUDA kernels on CPU tensors: it has loaded the binding that tests/sim
 # builds for them.
@@ -72,6 +86,52 @@ class BackendInfo:
     usable: bool
     why: str
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CudaBuild:
+    """What ``fastattn._C_cuda`` was built with, and what this machine's driver is for it.
+
+    Versions are (major, minor) of CUDA; ``driver`` is the newest that the driver knows, None
+    without one. ``cubins`` and ``ptx`` name architectures: "80", "90a".
+    """
+
+    runtime: tuple[int, int]
+    driver: tuple[int, int] | None
+    cubins: tuple[str, ...]
+    ptx: tuple[str, ...]
+
+    @property
+    def minimum_driver(self) -> str:
+        return _MINIMUM_DRIVER.get(self.runtime[0], f"one of CUDA {self.runtime[0]}")
+
+    def why_not(self) -> str | None:
+        """None where the driver is new enough, or there is none at all; else the reason."""
+        if self.driver is None or self.driver[0] >= self.runtime[0]:
+            return None
+        return (
+            f"fastattn was built with CUDA {_dotted(self.runtime)} and needs driver "
+            f"{self.minimum_driver} or later; the one here knows CUDA up to {_dotted(self.driver)}"
+        )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+@functools.cache
+def cuda_build() -> CudaBuild | None:
+    """Facts about ``fastattn._C_cuda``, None where it is not there; asks the driver its version."""
+    if _C_CUDA_ERROR:
+        return None
+    info = fastattn._C_cuda.build_info()
+    runtime, driver = (divmod(info[name], 1000) for name in ("runtime", "driver"))
+    return CudaBuild(
+        runtime=(runtime[0], runtime[1] // 10),
+        driver=(driver[0], driver[1] // 10) if info["driver"] else None,
+        cubins=tuple(info["cubins"].split(",")),
+        ptx=tuple(filter(None, info["ptx"].split(","))),
+    )
 
 
 def backends() -> list[BackendInfo]:
@@ -120,19 +180,24 @@ def _cuda_info() -> BackendInfo:
     name = torch.cuda.get_device_name()
     if not _new_enough():
         return BackendInfo("cuda", False, f"{name} is older than compute capability 8.0")
-    why = "CUDA C++ kernels for fp32, bf16, fp16 (forward; gradients by triton or reference)"
+    why = "CUDA C++ kernels for fp32, bf16, fp16"
     return BackendInfo("cuda", True, why, {"device": name})
 
 
 def _cuda_missing() -> str | None:
     if torch.version.hip:
         return "its kernels are for NVIDIA GPUs; this torch is built for ROCm"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built for CPUs; the kernels need one built for CUDA"
     if _C_CUDA_ERROR:
         return (
             f"fastattn._C_cuda is not built or does not load ({_C_CUDA_ERROR}); build fastattn "
-            "with nvcc and FASTATTN_CUDA=1"
+            "with nvcc and FASTATTN_CUDA=1, or install its CUDA wheel"
         )
-    return None
+    if torch.compiler.is_compiling():  # no tracer follows a call into the extension
+        return None
+    build = cuda_build()
+    return build.why_not() if build is not None else None
 
 
 def _new_enough() -> bool:
@@ -264,6 +329,14 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int
 _chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
 
 
+def _order(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The row of the table."""
+    nvidia = device == "cuda" and not torch.version.hip and torch.cuda.is_available()
+    if nvidia and dtype != torch.float32 and torch.cuda.get_device_capability()[0] in (9, 10):
+        return _AUTO["cuda 9, 10"]
+    return _AUTO.get(device, ("reference",))
+
+
 def _select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
@@ -272,7 +345,7 @@ def _select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: in
         if why is not None:
             raise ValueError(f"fastattn::{op}: backend={backend!r} cannot serve this call: {why}")
         return backend
-    for candidate in _AUTO.get(device, ("reference",)):
+    for candidate in _order(device, dtype):
         why = _why_not(op, candidate, device, dtype, head_dim)
         if why is None:
             break

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastattn.kernels import attention_bwd as bwd
 from fastattn.kernels import attention_fwd as fwd
-from fastattn.kernels import configs
+from fastattn.kernels import checks, configs
 from fastattn.kernels.contract import (
     NEED_DBIAS,
     NEED_DK,
@@ -72,12 +72,14 @@ def attention_forward(
 def _weights(call: _Call, values: dict[str, Any]) -> Tensor:
     if call.weights == WEIGHTS_NONE:
         return call.q.new_empty((0,))
+    w = call.q.new_empty(call.weights_shape)
     mean = call.weights == WEIGHTS_MEAN
-    shape = (call.B, 1 if mean else call.H, call.Sq, call.Sk)
-    w = call.q.new_empty(shape)
-    values = values | {"w_ptr": w, "stride_w": w.stride(), "heads": call.H if mean else 1}
-    call.run(fwd.weights_kernel, call.square_tiles(shape[0] * shape[1]), "rows", values)
-    return w.squeeze(1) if mean else w
+    values = values | {
+        "w_ptr": w, "stride_w": _weights_strides(w), "heads": call.H if mean else 1,
+    }  # fmt: skip
+    outer = call.B * (1 if mean else call.H)
+    call.run(fwd.weights_kernel, call.square_tiles(outer), "rows", values)
+    return w
 
 
 def attention_backward(
@@ -107,6 +109,9 @@ def attention_backward(
     call = _Call(q, k, v, shared)
     if call.weights == WEIGHTS_NONE:
         dweights = None
+    shapes = ((*q.shape[:-1], v.shape[-1]), call.lse_shape, call.weights_shape)
+    saved = (do, dlse, dweights), o, lse, lse_lo
+    checks.check_saved(*saved, shapes, q.dtype, needs_o=bool(need & ~NEED_DV))
     lse, lse_lo = lse.contiguous(), lse_lo.contiguous()
     empty = q.new_empty((0,))
 
@@ -234,6 +239,7 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, shared: tuple[Any, ...]) -> None:
         mask, bias, q_lens, k_lens, cu_q, cu_k, alibi, sinks, seed = shared[:9]
         scale, causal, left, right, softcap, dropout_p, weights, max_q, max_k = shared[9:18]
+        checks.check_dims(q, k, v, cu_q, cu_k, (max_q, max_k))
         self.q, self.packed, self.weights = q, cu_q is not None, weights
         self.H, heads_k = q.shape[1], k.shape[1]
         self.D, self.Dv = q.shape[-1], v.shape[-1]
@@ -248,6 +254,7 @@ class _Call:
             self.B, self.Tq, self.Tk = q.shape[0], 0, 0
             self.Sq, self.Sk = q.shape[2], k.shape[2]
             self.lse_shape = (self.B, self.H, self.Sq)
+        checks.check_call(q, k, v, shared, (self.B, self.H, self.Sq, self.Sk))
         self.heads_k = heads_k
         self.family = configs.family_of(q.device)
         plain = scale >= _TINY and not softcap and alibi is None and bias is None
@@ -277,6 +284,11 @@ class _Call:
             "WIDE": q.dtype == torch.float16,
             "CHUNK": _chunk(q.dtype, self.D), "CHUNK_V": _chunk(q.dtype, self.Dv),
         }  # fmt: skip
+
+    @property
+    def weights_shape(self) -> tuple[int, ...]:
+        square = (self.Sq, self.Sk)
+        return (self.B, *square) if self.weights == WEIGHTS_MEAN else (self.B, self.H, *square)
 
     def strides(self, x: Tensor | None) -> tuple[int, ...]:
         """(batch, head, row, column) strides of a (B, H, S, D) or packed (T, H, D) tensor."""

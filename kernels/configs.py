@@ -31,7 +31,7 @@ class Config(NamedTuple):
 
 _16_BIT = {
     "fwd": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
-    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "rows": {32: (64, 64, 4, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     "keys": {32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
     "fused": {32: (64, 64, 8, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
@@ -39,9 +39,13 @@ _16_BIT = {
 _SPECIAL = {
     ("sm86", "fwd"): {128: (64, 64, 8, 2)},
     ("sm120", "fwd"): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2)},
-    ("sm86", "rows"): {256: (16, 32, 8, 1)},
-    ("sm100", "rows"): {256: (16, 32, 8, 1)},
+    ("sm86", "rows"): {256: (16, 16, 8, 1)},
+    ("sm90", "rows"): {128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+    ("sm100", "rows"): {256: (16, 16, 8, 1)},
+    ("sm86", "keys"): {32: (32, 64, 4, 2)},
+    ("sm90", "keys"): {64: (64, 128, 8, 1)},
     ("sm100", "keys"): {32: (32, 64, 4, 2)},
+    ("sm120", "keys"): {32: (32, 64, 4, 2)},
     ("gfx9", "fwd"): {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 64, 4, 1)},
     ("gfx9", "rows"): {128: (32, 32, 4, 1), 256: (32, 32, 4, 1)},
     ("gfx9", "keys"): dict.fromkeys((32, 64, 128, 256), (16, 32, 4, 1)),
@@ -54,12 +58,21 @@ _LADEN = {
     "keys": {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
     "fused": {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
+_LADEN_SPECIAL = {("gfx9", "rows"): {64: (32, 32, 8, 1)}}
 # fp32 runs on the FMA units (input_precision="ieee"): operands live in registers, tiles are small.
 _FP32 = {
     "fwd": {32: (64, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     "rows": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
     "keys": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
     "fused": {32: (32, 32, 4, 1), 64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+}
+_FP32_SPECIAL = {
+    ("sm100", "fwd"): {32: (32, 32, 4, 2)},
+    ("sm86", "rows"): {128: (16, 16, 8, 1)},
+    ("sm120", "rows"): {256: (16, 16, 8, 1)},
+    ("sm86", "keys"): {256: (16, 16, 8, 1)},
+    ("gfx9", "fwd"): {128: (16, 32, 8, 1)},
+    ("gfx9", "keys"): {64: (16, 32, 8, 1), 128: (16, 16, 8, 1)},
 }
 # Triton's interpreter: small tiles, not square, so that a short sequence has several of them.
 _CPU = {
@@ -96,11 +109,11 @@ def config(
     if family == "cpu":
         return Config(*_CPU[work])
     if dtype == torch.float32:
-        return Config(*_FP32[work][size])
+        return Config(*_FP32_SPECIAL.get((family, work), {}).get(size, _FP32[work][size]))
     plain = Config(*_SPECIAL.get((family, work), {}).get(size, _16_BIT[work][size]))
     if not laden:
         return plain
-    small = Config(*_LADEN[work][size])
+    small = Config(*_LADEN_SPECIAL.get((family, work), {}).get(size, _LADEN[work][size]))
     return small if small.BLOCK_M * small.BLOCK_N <= plain.BLOCK_M * plain.BLOCK_N else plain
 
 

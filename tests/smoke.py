@@ -108,10 +108,20 @@ def checked() -> str:
     return ", ".join(sorted(set(names)))
 
 
+def cuda_kernels(wanted: bool) -> str:
+    """Whether _C_cuda has registered its kernels, and what is said of them; runs none."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = has("fastattn::attention_cuda_kernel_fwd", "CUDA")
+    assert found == wanted, f"the CUDA kernels are {'' if found else 'not '}registered"
+    (info,) = (b for b in fastattn.backends() if b.name == "cuda")
+    return f"{'registered' if found else 'not there'}: {info.why}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-compile", action="store_true", help="no C++ compiler here")
     parser.add_argument("--not-under", type=Path, help="fail if fastattn comes from this folder")
+    parser.add_argument("--cuda-kernels", choices=("yes", "no"), help="fail if it is not so")
     args = parser.parse_args()
     home = Path(fastattn.__file__).resolve().parent
     if args.not_under and args.not_under.resolve() in home.parents:
@@ -120,6 +130,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, isa {cpu_isa()}, {home}")
     steps = [(str(d), lambda d=d: values(d)) for d in TOLERANCE]
     steps += [("packed", packed), ("opcheck", checked)]
+    if args.cuda_kernels:
+        steps.append(("cuda kernels", lambda: cuda_kernels(args.cuda_kernels == "yes")))
     if not args.no_compile:
         steps.append(("compile", compiled))
     for name, step in steps:

@@ -62,6 +62,85 @@ def test_doctor_json_is_only_json() -> None:
         assert all(isa["why"] for isa in isas.values())
 
 
+# A machine with a driver, and an extension built for CUDA 13.0, that are not here.
+WITH_DRIVER = """
+import json, sys, types, torch
+module = types.ModuleType("fastattn._C_cuda")
+module.__file__ = "_C_cuda.abi3.so"
+module.build_info = lambda: dict(runtime=13000, cubins="80,90a", ptx="80", driver={driver})
+sys.modules["fastattn._C_cuda"] = module
+torch.version.cuda = "12.8"
+import fastattn
+fastattn._C_cuda = module
+from pathlib import Path
+from fastattn.cli import doctor
+doctor._DRIVER = Path({version!r})
+if {as_json}:
+    print(json.dumps(doctor.examine()))
+else:
+    doctor.render(doctor.examine())
+"""
+
+
+@pytest.mark.parametrize(
+    ("driver", "says", "usable"),
+    [
+        (0, "none found", "torch sees no GPU"),
+        (13000, "580.65.06, knows CUDA 13.0: new enough", "torch sees no GPU"),
+        (13020, "580.65.06, knows CUDA 13.2: new enough", "torch sees no GPU"),
+        (12080, "580.65.06, knows CUDA 12.8: too old", "needs driver 580 or later; the one here"),
+    ],
+)
+def test_doctor_judges_the_driver(tmp_path: Path, driver: int, says: str, usable: str) -> None:
+    (tmp_path / "version").write_text("580.65.06\n")
+    code = WITH_DRIVER.format(driver=driver, version=str(tmp_path / "version"), as_json=True)
+    facts = json.loads(fastattn(code=code).stdout)
+    assert facts["extension_cuda"] == {
+        "loaded": True,
+        "file": "_C_cuda.abi3.so",
+        "cuda_runtime": "13.0, linked in",
+        "machine_code": "sm_80, sm_90a",
+        "ptx": "compute_80",
+        "minimum_driver": "580",
+        "driver": says,
+    }
+    (backend,) = (b for b in facts["backends"] if b["name"] == "cuda")
+    assert not backend["usable"]
+    assert usable in backend["why"]
+
+
+def test_doctor_shows_the_least_driver(tmp_path: Path) -> None:
+    code = WITH_DRIVER.format(driver=13000, version=str(tmp_path / "none"), as_json=False)
+    text = plain(fastattn(code=code).stdout)
+    assert "fastattn._C_cuda: minimum driver 580" in text
+    assert "fastattn._C_cuda: driver of unknown version, knows CUDA 13.0: new enough" in text
+
+
+def test_an_old_driver_is_named_by_the_op() -> None:
+    """Beside a torch that works with it, an explicit backend raises; `auto` would take another."""
+    code = WITH_DRIVER.format(driver=12080, version="/nowhere", as_json=True) + (
+        "from fastattn.backends import can_serve, select\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.get_device_capability = lambda *_: (8, 0)\n"
+        "assert not can_serve('attention', 'cuda', 'cuda', torch.float32, 64)\n"
+        "select('attention', 'cuda', 'cuda', torch.float32, 64)\n"
+    )
+    done = fastattn(code=code)
+    assert "ValueError: fastattn::attention: backend='cuda' cannot serve this call" in done.stderr
+    assert "needs driver 580 or later" in done.stderr
+
+
+def test_doctor_beside_a_cpu_build_of_torch() -> None:
+    code = (
+        "import torch; torch.version.cuda = None\n"
+        "import fastattn, json\n"
+        "print(json.dumps({b.name: [b.usable, b.why] for b in fastattn.backends()}))"
+    )
+    usable, why = json.loads(fastattn(code=code).stdout)["cuda"]
+    assert not usable
+    assert f"torch {torch.__version__} is built for CPUs" in why
+
+
 def test_demo_agrees_with_the_stock_model(demo: tuple[Path, str, dict]) -> None:
     parity = demo[2]["parity"]
     assert demo[2]["parity_holds"]

@@ -27,11 +27,22 @@ ROWS = {
         "cuda",
         "binding, launcher, sm_80 PTX in the simulator",
     ),
+    "sim.test_attention_cuda_backward": (
+        "attention",
+        "cuda",
+        "binding, launcher, sm_80 PTX in the simulator",
+    ),
     "sim.test_attention_cuda_traffic": ("attention", "cuda", "banks, vectors (PTX simulator)"),
     "sim.test_emu_attention": ("attention", "cuda", "source under TSan and ASan (emulator)"),
+    "sim.test_emu_attention_backward": (
+        "attention",
+        "cuda",
+        "source under TSan and ASan (emulator)",
+    ),
     "sim.test_budget": ("attention", "cuda", "machine code within budget"),
     "sim.test_mutants": ("attention", "cuda", "planted bugs caught"),
     "sim.test_launcher_ops": ("attention", "cuda", "op: schema, autograd, compile, errors"),
+    "sim.test_launcher_launches": ("attention", "cuda", "failures, devices, streams, capture"),
     "sim.test_launcher_kernels": ("attention", "cuda", "launchers without torch"),
     "sim.test_launcher_setup": ("-", "cuda", "how the extension is built"),
 }

@@ -14,6 +14,10 @@
 #define FASTATTN_GPU_KEY CPU
 extern "C" void stand_in_region(const void* data, int64_t bytes, int access, const char* name);
 extern "C" void stand_in_forget();
+// The device that tensors are said to be on, its current stream, and torch's guard of it.
+extern "C" int stand_in_device();
+extern "C" cudaStream_t stand_in_stream(int device);
+extern "C" void stand_in_guard(int device, bool entered);
 #else
 #define FASTATTN_GPU_KEY CUDA
 #include <torch/csrc/stable/accelerator.h>
@@ -25,10 +29,17 @@ enum class Access : int { kRead = 0, kResult = 1, kFilledResult = 2 };
 
 #ifdef FASTATTN_STAND_IN
 
-struct OnDeviceOf {
-  explicit OnDeviceOf(const torch::stable::Tensor&) {}
-  ~OnDeviceOf() { stand_in_forget(); }
-  cudaStream_t stream = nullptr;
+inline int device_index(const torch::stable::Tensor&) { return stand_in_device(); }
+inline cudaStream_t current_stream(int device) { return stand_in_stream(device); }
+
+struct DeviceGuard {
+  explicit DeviceGuard(int device) : device_(device) { stand_in_guard(device, true); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() { stand_in_guard(device_, false), stand_in_forget(); }
+
+ private:
+  int device_;
 };
 
 inline void reachable(const torch::stable::Tensor& x, Access access, const char* name) {
@@ -39,24 +50,31 @@ inline void reachable(const torch::stable::Tensor& x, Access access, const char*
 
 #else
 
-// While alive, x's device is current, and `stream` is torch's current stream there.
-struct OnDeviceOf {
-  explicit OnDeviceOf(const torch::stable::Tensor& x) : guard(x.get_device_index()) {
-    // The CUDA runtime is linked statically: this library's copy keeps a current device of its own.
-    const cudaError_t error = cudaSetDevice(x.get_device_index());
-    STD_TORCH_CHECK(error == cudaSuccess, "fastattn: cudaSetDevice(", x.get_device_index(),
-                    "): ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
-    void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
-};
+inline int device_index(const torch::stable::Tensor& x) { return x.get_device_index(); }
+inline cudaStream_t current_stream(int device) {
+  void* current = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  return static_cast<cudaStream_t>(current);
+}
+using torch::stable::accelerator::DeviceGuard;
 
 inline void reachable(const torch::stable::Tensor&, Access, const char*) {}
 
 #endif
+
+// While alive, x's device is current, and `stream` is torch's current stream there.
+struct OnDeviceOf {
+  explicit OnDeviceOf(const torch::stable::Tensor& x) : guard(device_index(x)) {
+    // The CUDA runtime is linked statically: this library's copy keeps a current device of its own.
+    const int device = device_index(x);
+    const cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it again
+    STD_TORCH_CHECK(error == cudaSuccess, "fastattn: cudaSetDevice(", device,
+                    "): ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+    stream = current_stream(device);
+  }
+  DeviceGuard guard;
+  cudaStream_t stream = nullptr;
+};
 
 }  // namespace fastattn::binding

@@ -173,7 +173,7 @@ class FfnTiles {
 };
 
 inline void ffn_tiles(const FfnParams& p, const Parallel& parallel) {
-  // 128 rows at D = 768, whose scratch fits L2 better: 8 % slower, the weights come twice as often.
+  // 128 rows at D = 768 fit L2 better, but the weights come twice as often: slower.
   const int64_t step = std::min<int64_t>(256, round_up(div_up(p.M, parallel.threads), 32));
   Queue queue(div_up(p.M, step));
   parallel.workers(int(std::min<int64_t>(parallel.threads, div_up(p.M, step))),

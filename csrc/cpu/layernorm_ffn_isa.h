@@ -15,7 +15,7 @@ namespace FASTATTN_ISA {
 
 bool ffn_serves(const FfnParams& p) {
 #if FASTATTN_LEVEL >= 3
-  // Saving the hidden layer means transposing it: 3 to 8 % of a training step of many rows.
+  // Saving the hidden layer means transposing it, which many rows do not pay for.
   const bool saves = p.u.ptr || p.a.ptr;
   if (ffn_tiles_serve(p) && !(saves && p.M > 256)) return true;
 #endif

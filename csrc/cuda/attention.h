@@ -50,6 +50,33 @@ struct AttentionParams {
   Operand weights;  // kFull (B, H, Sq, Sk), kMean (B, Sq, Sk) with h = 0
 };
 
+// Where the gradient of a bias is summed; its shape decides, see attention_bwd.cu.
+enum class BiasGrad : int { kNone = 0, kStore = 1, kKeys = 2, kRows = 3, kShared = 4 };
+
+// Upstream gradients, results (null = not wanted) and scratch of the backward. Every result is
+// written in full; packed: the caller zeroes dq, dk and dv, for tokens of no sequence.
+struct AttentionGrads {
+  Operand d_o;       // of o, any strides; null = 0
+  Operand dlse;      // of lse, fp32 (b, h, s); null = 0
+  Operand dweights;  // of the weights, in q's dtype: rows s, keys d; kMean: h = 0; null = 0
+  float dweights_scale = 1.f;  // kMean: 1 / H
+  Operand dq, dk, dv;          // in q's dtype
+
+  BiasGrad dbias_mode = BiasGrad::kNone;
+  void* dbias = nullptr;            // zeroed by the caller, but for kShared without dq_sums
+  DType dbias_dtype = DType::kF32;  // kKeys, kRows, and kShared with dq_sums: fp32
+  int64_t dbias_b = 0, dbias_h = 0, dbias_i = 0, dbias_j = 0;  // its strides, 0 = broadcast
+  int bias_b = 1, bias_h = 1;  // kShared: the bias has B and H, or 1, of these
+
+  float* dsinks = nullptr;  // (H,)
+
+  float *delta = nullptr, *lse_units = nullptr;  // scratch of lse's shape; see attention_bwd.cu
+  // Packed: the caller fills lse_units with +inf, for tokens of no sequence.
+  // Scratch (B, H, Sq, D) or (H, Tq, D), zeroed by the caller: dq (and kRows, kShared) by atomics,
+  // two products less and no bitwise repeatability. Null = no atomics. Wants dq and dk or dv.
+  float* dq_sums = nullptr;
+};
+
 // What was launched, for the message where it fails.
 struct Launch {
   cudaError_t error = cudaSuccess;
@@ -64,6 +91,7 @@ struct VariantInfo {
   int head_dim;  // the widest it serves
   bool laden;    // serves every feature, not scale, causal, window, lengths and sinks alone
   int rows, keys, threads, shared;
+  bool atomics = false;  // of two that are alike otherwise, the one that adds dq up by atomics
 };
 
 // The widest head dim that the kernels serve.
@@ -73,9 +101,13 @@ constexpr int kMaxHeadDim = 256;
 Launch attention_forward(const AttentionParams& p, cudaStream_t stream);
 // weights, from the lse and lse_lo of attention_forward; every element is written.
 Launch attention_weights(const AttentionParams& p, cudaStream_t stream);
+// The gradients, from o (needed where d_o is given), lse and lse_lo of attention_forward. Several
+// launches; returns the last, or the first that failed.
+Launch attention_backward(const AttentionParams& p, const AttentionGrads& g, cudaStream_t stream);
 
 // Writes up to `capacity` entries and returns how many there are.
 int attention_forward_variants(VariantInfo* out, int capacity);
 int attention_weights_variants(VariantInfo* out, int capacity);
+int attention_backward_variants(VariantInfo* out, int capacity);
 
 }  // namespace fastattn::cuda

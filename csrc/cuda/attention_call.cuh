@@ -107,9 +107,19 @@ struct Features {
   }
 
   __device__ __forceinline__ float logit(float x, int i, int j) const {
+    float derivative;
+    return logit(x, i, j, derivative);
+  }
+  // derivative: of the logit, by scale * q k^T.
+  __device__ __forceinline__ float logit(float x, int i, int j, float& derivative) const {
     const AttentionParams& p = call.p;
     x *= call.to_logits;
-    if (p.softcap != 0.f) x = p.softcap * tanh_of(x / p.softcap);
+    derivative = 1.f;
+    if (p.softcap != 0.f) {
+      const float t = tanh_of(x / p.softcap);
+      derivative = 1.f - t * t;
+      x = p.softcap * t;
+    }
     if (p.alibi) x -= slope * float(abs(i + (k_len - q_len) - j));
     if (i >= q_len || j >= k_len) return x;
     if (p.bias.ptr)

@@ -51,12 +51,14 @@ struct FragmentB<float> {
   }
 };
 
-template <typename T>
+// kSwapped: the transposed product, its sums in the order in which a^T and b^T had them.
+template <typename T, bool kSwapped = false>
 __device__ __forceinline__ void multiply(float (&d)[4], const FragmentA<T>& a,
                                          const FragmentB<T>& b) {
   if constexpr (sizeof(T) == 4) {
+    if constexpr (kSwapped) ptx::mma_tf32(d, a.big, b.small[0], b.small[1]);
     ptx::mma_tf32(d, a.small, b.big[0], b.big[1]);
-    ptx::mma_tf32(d, a.big, b.small[0], b.small[1]);
+    if constexpr (!kSwapped) ptx::mma_tf32(d, a.big, b.small[0], b.small[1]);
     ptx::mma_tf32(d, a.big, b.big[0], b.big[1]);
   } else {
     ptx::mma(d, a.r, b.r[0], b.r[1], T());
@@ -94,7 +96,7 @@ __device__ __forceinline__ LaneAddress<T, kCols> chunks_then_rows(uint32_t tile)
 }
 
 // d += q k^T over kSteps k steps from `chunk` on: kM * 16 rows of q, kN keys.
-template <typename T, int kD, int kM, int kN, int kSteps>
+template <typename T, int kD, int kM, int kN, int kSteps, bool kSwapped>
 __device__ __forceinline__ void add_scores(float (&d)[kM][kN / 8][4], const LaneAddress<T, kD>& q,
                                            const LaneAddress<T, kD>& k, int chunk) {
 #pragma unroll
@@ -109,16 +111,17 @@ __device__ __forceinline__ void add_scores(float (&d)[kM][kN / 8][4], const Lane
       const FragmentA<T> a(raw);
 #pragma unroll
       for (int n = 0; n < kN / 16; ++n) {
-        multiply<T>(d[m][2 * n], a, FragmentB<T>(b[n][0], b[n][1]));
-        multiply<T>(d[m][2 * n + 1], a, FragmentB<T>(b[n][2], b[n][3]));
+        multiply<T, kSwapped>(d[m][2 * n], a, FragmentB<T>(b[n][0], b[n][1]));
+        multiply<T, kSwapped>(d[m][2 * n + 1], a, FragmentB<T>(b[n][2], b[n][3]));
       }
     }
   }
 }
 
 // s = q k^T for kM * 16 rows of q and kN keys, head dim kD. s[m][n] is a C fragment. s_q: the
-// warp's first row, a multiple of 8 in its tile.
-template <typename T, int kD, int kM, int kN>
+// warp's first row, a multiple of 8 in its tile. kSwapped: q is k and k is q, and s has the bits of
+// the other product: what the backward recomputes is what lse was made from.
+template <typename T, int kD, int kM, int kN, bool kSwapped = false>
 __device__ __forceinline__ void scores(float (&s)[kM][kN / 8][4], const unsigned char* s_q,
                                        const unsigned char* s_k) {
   constexpr int kSteps = kD * int(sizeof(T)) / 32;
@@ -131,13 +134,13 @@ __device__ __forceinline__ void scores(float (&s)[kM][kN / 8][4], const unsigned
   const auto q = rows_then_chunks<T, kD>(ptx::shared_address(s_q));
   const auto k = chunks_then_rows<T, kD>(ptx::shared_address(s_k));
   if constexpr (sizeof(T) == 2) {
-    add_scores<T, kD, kM, kN, kSteps>(s, q, k, 0);
+    add_scores<T, kD, kM, kN, kSteps, kSwapped>(s, q, k, 0);
   } else {
     constexpr int kShort = 2;  // longer: ptxas splits so many operands ahead that it spills
 #pragma unroll 1
     for (int first = 0; first < kSteps; first += kShort) {
       float part[kM][kN / 8][4] = {};
-      add_scores<T, kD, kM, kN, kShort>(part, q, k, 2 * first);
+      add_scores<T, kD, kM, kN, kShort, kSwapped>(part, q, k, 2 * first);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll

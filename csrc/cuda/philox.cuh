@@ -35,4 +35,26 @@ __device__ __forceinline__ void philox_fragment(uint32_t (&words)[4], uint64_t s
   words[3] = odd ? w.w : from1;
 }
 
+// The same where the fragment is a transposed one, rows of keys: words[e] decides on row i + e % 2,
+// key j + 8 (e / 2). A call's 4 keys lie in the lanes of 4 neighbouring g: each makes the call of
+// one e, and the 4 x 4 words are transposed.
+__device__ __forceinline__ void philox_fragment_transposed(uint32_t (&words)[4], uint64_t seed,
+                                                           int i, int j, uint32_t bh) {
+  const int e = j % 4;
+  const uint4 w =
+      philox(seed, make_uint4(uint32_t(j / 4 + e / 2 * 2), uint32_t(i + e % 2), bh, 0u));
+  const bool odd = e % 2 != 0, high = e / 2 != 0;
+  const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w.x : w.y, 4);
+  const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w.z : w.w, 4);
+  // Of calls e & ~1 and e | 1: words 0 or 1, and 2 or 3, as this lane's key is even or odd.
+  const uint32_t low0 = odd ? a : w.x, low1 = odd ? w.y : a;
+  const uint32_t high0 = odd ? b : w.z, high1 = odd ? w.w : b;
+  const uint32_t x = __shfl_xor_sync(0xffffffffu, high ? low0 : high0, 8);
+  const uint32_t y = __shfl_xor_sync(0xffffffffu, high ? low1 : high1, 8);
+  words[0] = high ? x : low0;
+  words[1] = high ? y : low1;
+  words[2] = high ? high0 : x;
+  words[3] = high ? high1 : y;
+}
+
 }  // namespace fastattn::cuda

@@ -87,6 +87,26 @@ __device__ __forceinline__ Place place_of(const AttentionParams& p, int64_t tile
   return out;
 }
 
+// The same of the keys of a kv head (Place::h). Causal: from the first keys on, which most rows
+// see.
+template <int kBlock>
+__device__ __forceinline__ Place key_place_of(const AttentionParams& p, int64_t tile) {
+  if (p.cu_k.ptr) {
+    const int64_t tiles = p.Tk / kBlock + p.B;
+    Place out = packed_place<kBlock>(p.cu_k, tile % tiles, p.B);
+    out.h = int(tile / tiles);
+    return out;
+  }
+  const int blocks = (p.Sk + kBlock - 1) / kBlock;
+  const int64_t heads = int64_t(p.B) * p.Hk;
+  const bool causal = p.causal != Causal::kNone;
+  const int64_t bh = causal ? tile % heads : tile / blocks;
+  Place out;
+  out.b = int(bh / p.Hk), out.h = int(bh % p.Hk);
+  out.first = int(causal ? tile / heads : tile % blocks) * kBlock;
+  return out;
+}
+
 // Which keys take part, as far as indices decide it.
 struct Visible {
   int q_len, k_len;
@@ -104,6 +124,11 @@ struct Visible {
   __device__ __forceinline__ int lo(int i) const { return max(i + shift - left, 0); }
   __device__ __forceinline__ int hi(int i) const {
     return i < q_len ? min(i + shift + right + 1, k_len) : 0;
+  }
+  // Rows [first_row, end_row) see key j; both grow with j up to k_len.
+  __device__ __forceinline__ int first_row(int j) const { return max(j - shift - right, 0); }
+  __device__ __forceinline__ int end_row(int j) const {
+    return j < k_len ? min(j - shift + left + 1, q_len) : 0;
   }
 };
 

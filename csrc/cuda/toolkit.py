@@ -1,4 +1,5 @@
-"""Where nvcc is, and what it lacks: for setup.py and for the tests that compile kernels.
+"""Where nvcc is, what it lacks and what it is told: for setup.py and for the tests that compile
+kernels.
 
 A toolkit is looked for in $CUDA_HOME, $CUDA_PATH, beside the nvcc on PATH, and in the wheels that
 PyPI has of it (nvidia-cuda-nvcc, -crt, -runtime, -cccl, nvidia-nvvm). Headers that one of them
@@ -17,10 +18,62 @@ from pathlib import Path
 
 # What the kernels include, directly or through these.
 _HEADERS = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_config.h", "nv/target")
+# What PyPI has of a toolkit, in the Makefile's NVCC with its version.
+_PACKAGES = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm"
+
+# What a wheel holds: machine code, and the PTX that it was made from for whatever comes later.
+ARCHS = "8.0;9.0;10.0;12.0+PTX"
+FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
 
 class ToolkitError(RuntimeError):
     """No CUDA toolkit that could compile the kernels; the text says what was looked for."""
+
+
+@dataclass(frozen=True)
+class Architectures:
+    """A list in the form of TORCH_CUDA_ARCH_LIST, "8.0;9.0a;12.0+PTX", as nvcc is told it.
+
+    Of the plain ones the lowest is the virtual architecture of all: one PTX, translated for each.
+    The kernels use nothing newer, four front-end passes took most of a build, and the PTX that the
+    simulator executes is then what every cubin comes from. Those with a suffix are not compatible
+    with others and get a pass of their own.
+    """
+
+    cubins: tuple[str, ...]  # "80", "90a"
+    ptx: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Architectures:
+        """Raises: ToolkitError: the list cannot be read, or names nothing from 8.0 on."""
+        cubins, ptx = [], set()
+        for arch in re.split(r"[;,\s]+", text.strip()):
+            found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+            if found is None:
+                raise ToolkitError(f"{arch!r} is not of the form 8.0 or 12.0+PTX")
+            if int(found[1]) < 8:  # such lists are set for other packages too
+                print(f"fastattn has no kernels for {arch} of TORCH_CUDA_ARCH_LIST: they need 8.0")
+                continue
+            cubins.append(found[1] + found[2] + found[3])
+            if found[4]:
+                ptx.add(cubins[-1])
+        if not cubins:
+            raise ToolkitError(f"{text!r} names nothing from 8.0 on")
+        plain = set(filter(str.isdigit, cubins))
+        virtual = {min(plain, key=int)} if ptx & plain else set()
+        return cls(tuple(dict.fromkeys(cubins)), tuple(sorted(virtual | (ptx - plain))))
+
+    def virtual(self, cubin: str) -> str:
+        """What the machine code for `cubin` is made from."""
+        return min(filter(str.isdigit, self.cubins), key=int) if cubin.isdigit() else cubin
+
+    def flags(self) -> list[str]:
+        codes: dict[str, list[str]] = {}
+        for cubin in self.cubins:
+            codes.setdefault(self.virtual(cubin), []).append(f"sm_{cubin}")
+        for virtual in self.ptx:
+            codes[virtual].append(f"compute_{virtual}")
+        return [f"-gencode=arch=compute_{v},code=[{','.join(c)}]" for v, c in codes.items()]
 
 
 @dataclass(frozen=True)
@@ -71,6 +124,7 @@ def find() -> Toolkit:
     raise ToolkitError(
         "no usable CUDA toolkit: "
         + (", ".join(looked) or "nvcc is neither in $CUDA_HOME, on PATH nor in Python's packages")
+        + f" (pip install {_PACKAGES}, each of torch's CUDA version, is one)"
     )
 
 

@@ -18,8 +18,10 @@ from rich.table import Table
 
 import fastattn
 from fastattn import first_use
-from fastattn.backends import cpu_isa, cpu_isas
+from fastattn.backends import cpu_isa, cpu_isas, cuda_build
 
+# The version of NVIDIA's kernel module; WSL has none.
+_DRIVER = Path("/sys/module/nvidia/version")
 # What each instruction set needs, in the names of /proc/cpuinfo.
 _ISA_FLAGS = {
     "portable": (),
@@ -32,7 +34,7 @@ _ISA_FLAGS = {
 def examine() -> dict[str, Any]:
     """Everything that ``doctor`` reports, as plain data."""
     return {
-        "fastattn": fastattn.__version__,
+        "fastattn": _version("fastattn") or fastattn.__version__,  # of a wheel: with its label
         "python": sys.version.split()[0],
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {
@@ -42,7 +44,7 @@ def examine() -> dict[str, Any]:
         "torch": _torch(),
         "cpu": examine_cpu(),
         "extension": _extension("_C"),
-        "extension_cuda": _extension("_C_cuda"),
+        "extension_cuda": {**_extension("_C_cuda"), **_cuda()},
         "compilers": {name: _compiler(name) for name in _compiler_names()},
         "backends": [
             {"name": b.name, "usable": b.usable, "why": b.why, "details": _plain(b.details)}
@@ -130,11 +132,26 @@ def _extension(name: str) -> dict[str, Any]:
         module = importlib.import_module(f"fastattn.{name}")
     except ImportError as error:
         return {"loaded": False, "why": str(error).splitlines()[0]}
-    facts: dict[str, Any] = {"loaded": True, "file": Path(str(module.__file__)).name}
-    info = getattr(module, "build_info", None)
-    if info is not None:
-        facts["build"] = _plain(info() if callable(info) else info)
-    return facts
+    return {"loaded": True, "file": Path(str(module.__file__)).name}
+
+
+def _cuda() -> dict[str, Any]:
+    """What ``_C_cuda`` was built with and the driver that it wants; nothing if it is not there."""
+    build = cuda_build()
+    if build is None:
+        return {}
+    driver = "none found"
+    if build.driver is not None:
+        version = _DRIVER.read_text().strip() if _DRIVER.exists() else "of unknown version"
+        knows = "{}.{}".format(*build.driver)
+        driver = f"{version}, knows CUDA {knows}: {'too old' if build.why_not() else 'new enough'}"
+    return {
+        "cuda_runtime": "{}.{}, linked in".format(*build.runtime),
+        "machine_code": ", ".join(f"sm_{a}" for a in build.cubins),
+        "ptx": ", ".join(f"compute_{a}" for a in build.ptx) or "none",
+        "minimum_driver": build.minimum_driver,
+        "driver": driver,
+    }
 
 
 def _compiler_names() -> list[str]:
@@ -197,7 +214,7 @@ def render(facts: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(f"torch: {name.replace('_', ' ')}", str(value))
     for module, found in (("_C", "extension"), ("_C_cuda", "extension_cuda")):
         for name, value in facts[found].items():
-            table.add_row(f"fastattn.{module}: {name}", str(value))
+            table.add_row(f"fastattn.{module}: {name.replace('_', ' ')}", str(value))
     for name, value in facts["compilers"].items():
         table.add_row(name, value or "[dim]not found[/]")
     console.print(table)

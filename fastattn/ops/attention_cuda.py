@@ -1,18 +1,13 @@
 """The CUDA C++ implementations of the attention ops, under the CUDA key, and under the CPU key for
 tests (tests/sim: the same binding and kernels, linked with a stand-in for the CUDA runtime).
 
-Schema, fake and autograd are in attention_op.py; ``attention_cuda_kernel_fwd`` is the binding
-(csrc/bindings/attention_cuda.cpp). A kernel that its first-use check found wrong gives way to the
-reference (attention_guard.py).
-
-There is no backward in CUDA C++ yet: gradients come from the Triton kernels, which recompute P from
-the same q, k, v, lse and lse_lo, or, where Triton cannot serve the call, from the reference formula
-(memory Sq x Sk).
+Schema, fake and autograd are in attention_op.py; ``attention_cuda_kernel_fwd`` and ``_bwd`` are the
+binding (csrc/bindings/attention_cuda.cpp). A kernel that its first-use check found wrong gives way
+to the reference (attention_guard.py).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends import PerformanceWarning, can_serve, select
+from fastattn.backends import select
+from fastattn.kernels.contract import NEED_DBIAS, NEED_DSINKS
 from fastattn.ops import attention_guard as guard
-from fastattn.ops import attention_triton
 from fastattn.ops.attention_op import Shared
 
 
@@ -43,19 +38,44 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, ...]:
     return _kernel_fwd(q, k, v, *shared)
 
 
+def _kernel_bwd(*args: Any, need: int, deterministic: bool) -> tuple[Tensor, ...]:
+    """The arguments of ``attention_backward`` of the Triton kernels."""
+    op = torch.ops.fastattn.attention_cuda_kernel_bwd.default
+    do, dlse, dweights = args[:3]
+    lse, lse_lo = (x.contiguous() for x in args[7:9])
+    dlse = None if dlse is None else dlse.float()
+    args = (do, dlse, dweights, *args[3:7], lse, lse_lo, *args[9:27])
+    dq, dk, dv, dbias, dsinks = op(*args, deterministic, need)
+    shared = Shared(*args[9:])
+    if shared.bias is not None and need & NEED_DBIAS:
+        bias = shared.bias
+        shape = (*(1,) * (4 - bias.dim()), *bias.shape)
+        # What is left to sum of a broadcast bias; nothing of an empty call.
+        total = dbias.sum_to_size(shape) if dbias.numel() else dbias.new_zeros(shape)
+        dbias = total.reshape(bias.shape).to(bias.dtype)
+    if shared.sinks is not None and need & NEED_DSINKS:
+        dsinks = dsinks.to(shared.sinks.dtype)
+    return dq, dk, dv, dbias, dsinks
+
+
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    q, k, v = args[3:6]
-    head_dim = max(q.shape[-1], v.shape[-1])
-    if can_serve("attention", "triton", q.device.type, q.dtype, head_dim):
-        return attention_triton.backward(*args)
-    if q.is_cuda:
-        warnings.warn(
-            "fastattn::attention: backend='cuda' has no backward of its own yet and Triton cannot "
-            "serve this call; gradients come from the plain PyTorch reference (memory Sq x Sk)",
-            PerformanceWarning,
-            stacklevel=2,
-        )
-    return guard.backward_by_reference(args[:3], q, k, v, Shared(*args[9:-1]), args[-1])
+    *tensors_and_numbers, deterministic, need = args
+    (q, k, v), shared = args[3:6], args[9:-1]
+    upstream = tuple(x is not None for x in args[:3])
+
+    def check() -> tuple[str, Callable[[], str | None]]:
+        from fastattn.ops.attention_first_use import check_backward
+
+        given = "+".join(n for n, x in zip(("do", "dlse", "dweights"), upstream, strict=True) if x)
+        how = f"backward {need} of {given}{'' if deterministic else ' atomic'}"
+        return how, partial(
+            check_backward, _kernel_fwd, _kernel_bwd, upstream, q, k, v, Shared(*shared), need,
+            deterministic,
+        )  # fmt: skip
+
+    if not guard.may_run("cuda", (q, k, v), shared, check, (need, upstream)):
+        return guard.backward_by_reference(args[:3], q, k, v, Shared(*shared), need)
+    return _kernel_bwd(*tensors_and_numbers, need=need, deterministic=deterministic)
 
 
 def _fwd_cpu(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -61,10 +61,16 @@ for _suffix, _more in _BACKENDS.items():
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-# What attention_cuda_fwd runs once its first-use check allows it; not for callers.
+# What attention_cuda_fwd and _bwd run once their first-use checks allow it; not for callers.
 _lib.define(
     f"attention_cuda_kernel_fwd(Tensor q, Tensor k, Tensor v, {_SHARED})"
     " -> (Tensor o, Tensor lse, Tensor lse_lo, Tensor weights)"
+)
+# dbias as it was summed (a 4-dimensional tensor), dsinks in fp32.
+_lib.define(
+    "attention_cuda_kernel_bwd(Tensor? do, Tensor? dlse, Tensor? dweights, Tensor q, Tensor k, "
+    f"Tensor v, Tensor? o, Tensor lse, Tensor lse_lo, {_SHARED}, bool deterministic, int need)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
 

@@ -274,7 +274,8 @@ def linear_cross_entropy(
     """``F.cross_entropy(F.linear(x, weight, bias), target)`` without the logits in memory.
 
     Rows whose target is ``ignore_index`` cost nothing: they are dropped before the GEMM. Losses
-    and the gradient of weight are summed in float32.
+    and the gradient of weight are summed in float32. What it saves is memory: in bfloat16 on the
+    CPU, with no row ignored, it takes longer than the two functions (measured: 1.6 times).
 
     Args:
         x: (*, D), float32, bfloat16, float16 or float64; any strides.

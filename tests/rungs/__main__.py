@@ -1,4 +1,4 @@
-"""`python -m rungs ...` (with tests/ on the path): budgets, mutants. See `make help`."""
+"""`python -m rungs ...` (with tests/ on the path): budgets, mutants, cubins. See `make help`."""
 
 import os
 from pathlib import Path
@@ -89,6 +89,17 @@ def mutants(
         lab.TABLE.write_text(lab.table(found))
         print(f"wrote {lab.TABLE.name}")
     raise typer.Exit(code=1 if bad else 0)
+
+
+@app.command()
+def cubins(
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    arch: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
+) -> None:
+    """The compiled kernels and a list of them, for `python -m bench.model`."""
+    from rungs import cubins as export
+
+    print(f"{export.write(out, arch or export.EVERY)} kernels in {out}")
 
 
 if __name__ == "__main__":

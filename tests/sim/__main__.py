@@ -1,6 +1,7 @@
-"""`python -m sim ...` (with tests/ on the path): budgets, mutations. See `make help`."""
+"""`python -m sim ...` (with tests/ on the path): budgets, mutations, cubins. See `make help`."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -66,6 +67,17 @@ def mutations(
         lab.TABLE.write_text(lab.table())
         print(f"wrote {lab.TABLE.name}")
     raise typer.Exit(code=1 if bad else 0)
+
+
+@app.command()
+def cubins(
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    arch: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
+) -> None:
+    """The compiled kernels and a list of them, for `python -m bench.model`."""
+    from sim import cubins as export
+
+    print(f"{export.write(out, arch or export.EVERY)} kernels in {out}")
 
 
 if __name__ == "__main__":

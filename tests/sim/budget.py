@@ -1,6 +1,7 @@
 """The budget of the CUDA kernels: what each compiled variant may take on each architecture.
 
-The .cu files are compiled for an architecture to a cubin, and that is read, kernel by kernel:
+The .cu files are compiled for an architecture as the wheel has it (setup.py's flags, the PTX of the
+lowest architecture translated for this one), and the cubin is read, kernel by kernel:
 registers, spill instructions, tensor-core instructions in loops; blocks an SM follow from registers
 and shared memory. `budgets.json` has one line a variant (`python -m sim budgets --write`). A figure
 worse than its line fails, and whatever the file says: no spills, shared memory below the
@@ -13,10 +14,10 @@ import hashlib
 import json
 import re
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rungs import budget_file
 from rungs.aot import TOOLS, mma_in_loops
@@ -25,7 +26,6 @@ from . import build
 
 FILE = Path(__file__).with_name("budgets.json")
 SAMPLE = ("sm_80",)  # what `make verify` compiles
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")  # what the wheel holds
 _KB = 1024
 # Bytes of shared memory: of an SM, and the most a block may ask for. The system keeps 1 KB a block.
 _SHARED = {
@@ -39,7 +39,21 @@ _WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 
 _ELEMENTS = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 _DTYPES = {0: "fp32", 1: "bf16", 2: "fp16"}  # csrc/operands.h
-_KERNEL = re.compile(r"(\d+)(attention_\w+?_kernel)INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?")
+# Of a Config<element, head dim[, laden[, atomics]]>, of an element, or no template.
+_KERNEL = re.compile(
+    r"\d(attention_\w+?_kernel)"
+    r"(?:INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?(?:Lb(\d)E)?|I(f|6__half|13__nv_bfloat16)E)?"
+)
+_NO_PRODUCT = ("prepare", "dsinks", "dq")
+
+
+def shipped() -> Any:
+    """The architectures of a wheel, as csrc/cuda/toolkit.py has them."""
+    module = build.toolkit_module()
+    return module.Architectures.parse(module.ARCHS)
+
+
+ARCHS = tuple(f"sm_{cubin}" for cubin in shipped().cubins)
 
 
 @dataclass(frozen=True)
@@ -70,14 +84,9 @@ class BudgetError(AssertionError):
 
 def measure(arch: str) -> dict[str, Figures]:
     """Figures by variant, e.g. "attention_fwd_kernel bf16 d64 plain"."""
-    from .kernels import module
-
-    cuda = module().cuda
     read = _read(arch)
     found = {}
-    for v in (*cuda.attention_forward_variants(), *cuda.attention_weights_variants()):
-        kind = "laden" if v["laden"] else "plain"
-        name = f"{v['kernel']} {_DTYPES[v['dtype']]} d{v['head_dim']} {kind}"
+    for name, v in variants().items():
         if name not in read:
             raise BudgetError(f"{arch}: {name} is in the launcher's table, not in the cubin")
         registers, spills, mma = read.pop(name)
@@ -87,6 +96,19 @@ def measure(arch: str) -> dict[str, Figures]:
         )
     if read:
         raise BudgetError(f"{arch}: compiled, but in no launcher's table: {', '.join(read)}")
+    return found
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """The launchers' tables, by the name of a variant: tile, threads, shared memory."""
+    from .kernels import module
+
+    cuda = module().cuda
+    tables = ("attention_forward", "attention_weights", "attention_backward")
+    found = {}
+    for v in (x for table in tables for x in getattr(cuda, f"{table}_variants")()):
+        name = _name(v["kernel"], _DTYPES[v["dtype"]], v["head_dim"], v["laden"], v["atomics"])
+        found[name] = v
     return found
 
 
@@ -111,22 +133,16 @@ def _read(arch: str) -> dict[str, tuple[int, int, int]]:
 
 def of_source(source: Path, arch: str) -> dict[str, list[int]]:
     digest = hashlib.sha256(Path(__file__).read_bytes() + arch.encode())
-    for path in (source, *build.headers(source)):
+    for path in (source, *build.headers(source), build.TOOLKIT):
         digest.update(path.read_bytes())
     kept = build.KEPT / f"{digest.hexdigest()[:16]}-{source.stem}-{arch}.json"
     if kept.exists():
         found: dict[str, list[int]] = json.loads(kept.read_text())
         return found
-    tools = build.toolkit()
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        command = [str(tools.nvcc), *build.NVCC_FLAGS, f"-arch={arch}", "-cubin", *tools.flags()]
-        done = subprocess.run(
-            [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise BudgetError(f"{source.name} for {arch}: {done.stderr[-500:]}")
-        found = _figures(cubin)
+    try:
+        found = _figures(build.cubin(source, arch))
+    except build.BuildError as error:
+        raise BudgetError(f"{source.name} for {arch}: {str(error)[-500:]}") from error
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found))
     return found
@@ -142,17 +158,24 @@ def _figures(cubin: Path) -> dict[str, list[int]]:
     for part in re.split(r"^\s*\.section\s+\.text\.", tool("nvdisasm", "-c"), flags=re.M)[1:]:
         function = part.split(",", 1)[0]
         spills = len(re.findall(r"\b(?:STL|LDL)\b", part))
-        found[_variant(function)] = [int(usage[function]), spills, mma_in_loops(part)]
+        found[variant(function)] = [int(usage[function]), spills, mma_in_loops(part)]
     return found
 
 
-def _variant(function: str) -> str:
+def variant(function: str) -> str:
+    """The variant's name, from the mangled one."""
     match = _KERNEL.search(function)
     if match is None:
         raise BudgetError(f"no variant of a kernel that the budget knows: {function}")
-    _, kernel, element, head_dim, laden = match.groups()
-    # A kernel without a choice serves every feature.
-    return f"{kernel} {_ELEMENTS[element]} d{head_dim} {'plain' if laden == '0' else 'laden'}"
+    kernel, element, head_dim, laden, atomics, alone = match.groups()
+    dtype = _ELEMENTS[element or alone or "f"]
+    # A kernel without a choice serves every feature, one without a head dim every head dim.
+    return _name(kernel, dtype, int(head_dim or 256), laden != "0", atomics == "1")
+
+
+def _name(kernel: str, dtype: str, head_dim: int, laden: bool, atomics: bool) -> str:
+    name = f"{kernel} {dtype} d{head_dim} {'laden' if laden else 'plain'}"
+    return f"{name} atomics" if atomics else name
 
 
 def rules(arch: str, name: str, now: Figures) -> list[str]:
@@ -162,7 +185,8 @@ def rules(arch: str, name: str, now: Figures) -> list[str]:
         wrong.append(f"{now.spills} spill instructions")
     if now.shared > _SHARED[arch][1]:
         wrong.append(f"shared {now.shared} > the limit {_SHARED[arch][1]}")
-    if now.mma == 0:
+    without = name.split("_kernel")[0].rpartition("_")[2] in _NO_PRODUCT
+    if now.mma == 0 and not without:
         wrong.append("no tensor-core instruction in a loop")
     usual = re.search(r"(bf16|fp16) d(64|128) ", name) is not None
     if arch == "sm_80" and usual and now.blocks < 2 and now.warps < 8:

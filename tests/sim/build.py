@@ -21,20 +21,16 @@ from typing import Any
 
 import torch
 
+from .cudart import fatbin
+
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+TOOLKIT = CSRC / "cuda" / "toolkit.py"
 KEPT = ROOT / "build" / "sim"
 HERE = Path(__file__).parent
 TORCH = torch.__path__[0]
 JOBS = 2
 
-# -lineinfo: a fault names the line.
-NVCC_FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-lineinfo",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-)
 # Uncompressed PTX and nothing else in the fatbin.
 EMBEDDING = ("-gencode=arch=compute_80,code=compute_80", "--no-compress")
 # As setup.py's: a micro-benchmark of `_kernels` measures what ships.
@@ -57,16 +53,15 @@ class BuildError(RuntimeError):
 
 def operators() -> Path:
     """The shared library that registers the CUDA ops' kernels under torch's CPU key."""
-    binding = _object(
-        CSRC / "bindings" / "attention_cuda.cpp",
-        (
-            "-DFASTATTN_STAND_IN",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            f"-isystem{TORCH}/include",
-        ),
-    )
     libraries = [f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib", "-ltorch_cpu"]
-    return _link("operators", [binding, *cuda_objects(), stand_in()], libraries)
+    return _link("operators", [binding(), *cuda_objects(), stand_in()], libraries)
+
+
+def binding() -> Path:
+    """The CUDA ops' binding, for CPU tensors."""
+    flags = ("-DFASTATTN_STAND_IN", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    source = CSRC / "bindings" / "attention_cuda.cpp"
+    return _object(source, (*flags, f"-isystem{TORCH}/include"))
 
 
 def kernels() -> Path:
@@ -98,13 +93,13 @@ def toys(embedding: Sequence[str] = EMBEDDING) -> Path:
 
 
 def cuda_objects() -> list[Path]:
-    """Every .cu file of csrc/cuda, host code and sm_80 PTX."""
+    """Every .cu file of csrc/cuda, host code and sm_80 PTX; -lineinfo: a fault names the line."""
     with ThreadPoolExecutor(JOBS) as pool:
         return list(pool.map(cuda_object, sorted((CSRC / "cuda").glob("*.cu"))))
 
 
 def cuda_object(source: Path, embedding: Sequence[str] = EMBEDDING) -> Path:
-    command = [str(toolkit().nvcc), *NVCC_FLAGS, *embedding, *toolkit().flags()]
+    command = [str(toolkit().nvcc), *nvcc_flags(), "-lineinfo", *embedding, *toolkit().flags()]
     return _compile(command, source, ("-c", str(source)), ".o", nvcc_version=toolkit().version)
 
 
@@ -116,6 +111,19 @@ def ptx_of(source: Path, arch: int = 80, defines: Sequence[str] = ()) -> Path:
     return _compile(command, source, (str(source),), ".ptx", nvcc_version=tools.version)
 
 
+def cubin(source: Path, arch: str) -> Path:
+    """Machine code of one .cu file for "sm_80" or another, from the PTX that the simulator runs:
+    a wheel's is made from one PTX too (csrc/cuda/toolkit.py)."""
+    made = cuda_object(source)
+    ptx = made.with_suffix(".ptx")
+    if not ptx.exists():
+        (text,) = fatbin.of_object(made)
+        ptx.write_text(text.ptx)
+    command = [str(toolkit().nvcc.with_name("ptxas")), f"-arch={arch}", "-m64"]
+    version = toolkit().version
+    return _compile(command, None, (str(ptx),), ".cubin", name=source.stem, version=version)
+
+
 def stand_in() -> Path:
     """The stand-in for libcudart, as an object to link with."""
     return _object(HERE / "cudart" / "cudart.cpp")
@@ -124,14 +132,25 @@ def stand_in() -> Path:
 @functools.cache
 def toolkit() -> Any:
     """csrc/cuda/toolkit.py's verdict on this machine; an error that names itself without nvcc."""
-    path = CSRC / "cuda" / "toolkit.py"
-    spec = importlib.util.spec_from_file_location("fastattn_toolkit", path)
+    return toolkit_module().find()
+
+
+@functools.cache
+def toolkit_module() -> Any:
+    """csrc/cuda/toolkit.py: no package has it."""
+    spec = importlib.util.spec_from_file_location("fastattn_toolkit", TOOLKIT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    return module.find()
+    return module
+
+
+def nvcc_flags() -> tuple[str, ...]:
+    """setup.py's, but for the architectures."""
+    flags: tuple[str, ...] = toolkit_module().FLAGS
+    return flags
 
 
 def _object(source: Path, flags: Iterable[str] = ()) -> Path:

@@ -121,7 +121,8 @@ py::list listed(int (*variants)(cuda::VariantInfo*, int)) {
     out.append(py::dict(py::arg("kernel") = v.kernel, py::arg("dtype") = int(v.dtype),
                         py::arg("head_dim") = v.head_dim, py::arg("laden") = v.laden,
                         py::arg("rows") = v.rows, py::arg("keys") = v.keys,
-                        py::arg("threads") = v.threads, py::arg("shared") = v.shared));
+                        py::arg("threads") = v.threads, py::arg("shared") = v.shared,
+                        py::arg("atomics") = v.atomics));
   return out;
 }
 
@@ -154,6 +155,34 @@ void cuda_(py::module_ m) {
       "attention_weights",
       [on](const Params& p, uintptr_t stream) { return cuda::attention_weights(p, on(stream)); },
       py::arg("params"), py::arg("stream") = 0);
+  using Grads = cuda::AttentionGrads;
+  py::class_<Grads> grads(m, "AttentionGrads");
+  grads.def(py::init<>())
+      .def_readwrite("d_o", &Grads::d_o)
+      .def_readwrite("dlse", &Grads::dlse)
+      .def_readwrite("dweights", &Grads::dweights)
+      .def_readwrite("dweights_scale", &Grads::dweights_scale)
+      .def_readwrite("dq", &Grads::dq)
+      .def_readwrite("dk", &Grads::dk)
+      .def_readwrite("dv", &Grads::dv)
+      .def_readwrite("dbias_b", &Grads::dbias_b)
+      .def_readwrite("dbias_h", &Grads::dbias_h)
+      .def_readwrite("dbias_i", &Grads::dbias_i)
+      .def_readwrite("dbias_j", &Grads::dbias_j)
+      .def_readwrite("bias_b", &Grads::bias_b)
+      .def_readwrite("bias_h", &Grads::bias_h);
+  number(grads, "dbias_mode", &Grads::dbias_mode);
+  number(grads, "dbias_dtype", &Grads::dbias_dtype);
+  pointer(grads, "dbias", &Grads::dbias), pointer(grads, "dsinks", &Grads::dsinks);
+  pointer(grads, "delta", &Grads::delta), pointer(grads, "lse_units", &Grads::lse_units);
+  pointer(grads, "dq_sums", &Grads::dq_sums);
+  m.def(
+      "attention_backward",
+      [on](const Params& p, const Grads& g, uintptr_t stream) {
+        return cuda::attention_backward(p, g, on(stream));
+      },
+      py::arg("params"), py::arg("grads"), py::arg("stream") = 0);
+  m.def("attention_backward_variants", [] { return listed(cuda::attention_backward_variants); });
   m.def("attention_forward_variants", [] { return listed(cuda::attention_forward_variants); });
   m.def("attention_weights_variants", [] { return listed(cuda::attention_weights_variants); });
   m.def("error_name", [](int error) { return cudaGetErrorName(cudaError_t(error)); });

@@ -29,8 +29,20 @@ from rungs.mutants import mutate
 from tools import Problem, featured, judge, packed, padded
 
 from . import build
-from .mutations import BF16, FWD, MUTATIONS, WEIGHTS, Mutation, Variant
+from .mutations import (
+    BF16,
+    BIAS,
+    FORWARD,
+    FWD,
+    KEYS,
+    ROWS,
+    WEIGHTS,
+    Mutation,
+    Variant,
+)
+from .mutations_backward import BACKWARD
 
+MUTATIONS = (*FORWARD, *BACKWARD)
 JOBS, TIMEOUT = 2, 280.0  # seconds for one mutant, its compilation included
 TABLE = Path(__file__).with_name("MUTATIONS.md")
 _CODES = {"__nv_bfloat16": "DType::kBf16", "__half": "DType::kF16", "float": "DType::kF32"}
@@ -92,22 +104,33 @@ CASES: dict[str, Callable[[torch.dtype], Problem]] = {
     # Rows of 50 columns: 100 bytes.
     "unaligned": lambda t: padded(b=1, h=2, sq=67, sk=70, d=50, dtype=t),
     "wide_head": lambda t: padded(b=1, h=1, sq=70, sk=70, d=256, dtype=t),
+    # Sequences without rows, without keys, without either.
+    "no_rows": lambda t: packed([0, 9, 0, 3], [5, 0, 0, 3], h=2, d=64, dtype=t),
+    "huge": lambda t: padded(b=1, h=2, hk=1, sq=70, sk=90, d=24, dtype=t, kind="huge"),
+    "softcap": lambda t: padded(b=1, h=2, sq=70, sk=90, d=64, dtype=t, softcap=1.5),
+    "bias_of_keys": lambda t: padded(b=1, h=4, hk=2, sq=70, sk=90, d=64, dtype=t,
+        bias=torch.randn(4, 1, 90)),
+    "bias_of_rows": lambda t: padded(b=1, h=2, sq=70, sk=90, d=64, dtype=t,
+        bias=torch.randn(70, 1)),
+    "bias_of_batch": lambda t: padded(b=2, h=2, sq=70, sk=90, d=64, dtype=t,
+        bias=torch.randn(2, 70, 90)),
 }  # fmt: skip
 
 
 # --------------------------------------------------------------- the checks, run inside a mutant
 
 
-def _by_ptx(case: str, sources: Path, only: Variant) -> None:
+def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) -> None:
     from . import operators
 
-    _use(sources, case)
+    _use(mutation, sources)
     with operators.on_cpu() as gpu:
         try:
             if case == "hostile_lengths":
                 _hostile_lengths()
             else:
-                judge(CASES[case](_DTYPES[only[0]]), "cuda")
+                name, _, way = case.partition("+")
+                judge(CASES[name](_DTYPES[only[0]]), "cuda", deterministic=way != "atomics")
         except RuntimeError:  # what a fault of the simulator is below a torch op
             if not gpu.faults:
                 raise
@@ -123,10 +146,10 @@ def _hostile_lengths() -> None:
     torch.ops.fastattn.attention_cuda_kernel_fwd(q, k, v, *tensors, *numbers)
 
 
-def _by_conflicts(case: str, sources: Path, only: Variant) -> None:
+def _by_conflicts(case: str, mutation: Mutation | None, sources: Path, only: Variant) -> None:
     from . import operators, ptx
 
-    _use(sources, case)
+    _use(mutation, sources)
     with operators.on_cpu() as gpu:
         gpu.schedule = ptx.Schedule(traffic=True)
         judge(CASES[case](_DTYPES[only[0]]), "cuda")
@@ -162,10 +185,10 @@ def _by_emulator(case: str, sources: Path, only: Variant) -> None:
         f.check(run(program, f.case, rung, schedule=schedule))
 
 
-def _by_budget(arch: str, sources: Path, only: Variant) -> None:
+def _by_budget(arch: str, mutation: Mutation | None, sources: Path) -> None:
     from . import budget
 
-    spills = budget.of_source(sources / FWD, arch)
+    spills = budget.of_source(sources / (mutation.compiled()[0] if mutation else FWD), arch)
     wrong = {name: found[1] for name, found in spills.items() if found[1]}
     if wrong:
         raise budget.BudgetError(f"spill instructions: {wrong}")
@@ -179,11 +202,11 @@ def judged(mutation: Mutation | None, check: str, only: Variant) -> Outcome:
     sources = _plant(mutation, only)
     try:
         if rung == "ptx":
-            _by_ptx(argument, sources, only)
+            _by_ptx(argument, mutation, sources, only)
         elif rung == "conflicts":
-            _by_conflicts(argument, sources, only)
+            _by_conflicts(argument, mutation, sources, only)
         elif rung == "budget":
-            _by_budget(argument, sources, only)
+            _by_budget(argument, mutation, sources)
         else:
             _by_emulator(check, sources, only)
     except EmulatorFault as found:
@@ -201,6 +224,22 @@ def judged(mutation: Mutation | None, check: str, only: Variant) -> Outcome:
 # ---------------------------------------------------------------------------------- the processes
 
 
+def _few(only: Variant) -> dict[str, str]:
+    """What is written on top of a source, so that it has few variants."""
+    element, head_dim, laden = only
+    code, flag = _CODES[element], str(laden).lower()
+    line = f"variant<{element}, {head_dim}, {flag}>({code})"
+    keys = (f"variant<{element}, {head_dim}, {flag}, {way}>({code})" for way in ("false", "true"))
+    made = {
+        FWD: f"FASTATTN_FWD_VARIANTS {line}",
+        WEIGHTS: f"FASTATTN_WEIGHTS_VARIANTS variant<{BF16}, 64>({_CODES[BF16]})",
+        KEYS: f"FASTATTN_BWD_KEYS_VARIANTS {', '.join(keys)}",
+        ROWS: f"FASTATTN_BWD_ROWS_VARIANTS {line}",
+        BIAS: f"FASTATTN_BWD_BIAS_VARIANTS(make) make<{element}, {head_dim}>({code})",
+    }
+    return {name: f"#define {text}\n" for name, text in made.items()}
+
+
 def _plant(mutation: Mutation | None, only: Variant) -> Path:
     """A copy of csrc with the bug and few variants; its folder is named by what is in it."""
     texts = {p: p.read_text() for p in (build.CSRC / "cuda").glob("*.[ch]*")}
@@ -208,13 +247,7 @@ def _plant(mutation: Mutation | None, only: Variant) -> Path:
     if mutation is not None:
         path = build.CSRC / "cuda" / mutation.file
         texts[path] = mutate(texts[path], mutation)
-    element, head_dim, laden = only
-    lines = {
-        FWD: f"#define FASTATTN_FWD_VARIANTS "
-        f"variant<{element}, {head_dim}, {str(laden).lower()}>({_CODES[element]})\n",
-        WEIGHTS: f"#define FASTATTN_WEIGHTS_VARIANTS variant<{BF16}, 64>({_CODES[BF16]})\n",
-    }
-    for name, line in lines.items():
+    for name, line in _few(only).items():
         path = build.CSRC / "cuda" / name
         texts[path] = line + texts[path]
     digest = hashlib.sha256(repr(sorted((p.name, t) for p, t in texts.items())).encode())
@@ -232,16 +265,15 @@ def _plant(mutation: Mutation | None, only: Variant) -> Path:
     return folder / "cuda"
 
 
-def _use(sources: Path, case: str) -> None:
-    """The binding is linked with the mutant's kernels: those that the case runs, others are as they
-    are. For this process, which ends with it."""
-    sound = _plant(None, (BF16, 64, False))
-    planted = WEIGHTS if "weights" in case else FWD
+def _use(mutation: Mutation | None, sources: Path) -> None:
+    """The binding is linked with the mutant's kernels; others are as they are. For this process,
+    which ends with it."""
+    planted = mutation.compiled() if mutation else (FWD,)
 
     def objects() -> list[Path]:
         return [
-            build.cuda_object((sources if source.name in (planted, FWD) else sound) / source.name)
-            for source in sorted(sources.glob("*.cu"))
+            build.cuda_object(sources / source.name if source.name in planted else source)
+            for source in sorted((build.CSRC / "cuda").glob("*.cu"))
         ]
 
     build.cuda_objects = objects
@@ -255,6 +287,7 @@ def _answer(job: tuple[Mutation | None, str, Variant]) -> Outcome:
 
 def run(jobs: Iterable[tuple[Mutation | None, str, Variant]]) -> list[Outcome]:
     """In order; two at a time, each in a process of its own: it loads its own library."""
+    build.cuda_objects()  # once, not by the first two at the same time
     context = multiprocessing.get_context("fork")
     with context.Pool(JOBS, maxtasksperchild=1) as pool:
         waiting = [pool.apply_async(_answer, (job,)) for job in jobs]

@@ -1,8 +1,10 @@
 """Bugs to plant in csrc/cuda: each must be caught, and by which rung is written down.
 
 `find` stands exactly once in `file`; `replace` takes its place. `by` is the check that sees it, a
-rung and a case (mutants.py), and `sees` what it says. `only` is the one variant of the forward that
-is compiled, the one that the case runs: (element type, head dim, laden).
+rung and a case (mutants.py), and `sees` what it says. `only` is the one variant of each kernel that
+is compiled, the one that the case runs: (element type, head dim, laden). `planted`: the sources
+that are compiled with the bug, where `file` is a header; others are as they are. The
+backward's bugs are in mutations_backward.py.
 """
 
 from dataclasses import dataclass
@@ -21,14 +23,20 @@ class Mutation:
     by: str
     sees: str = ""  # the verdict: a fault's name, "values", ...
     only: Variant = (BF16, 64, False)
+    planted: tuple[str, ...] = ()
+
+    def compiled(self) -> tuple[str, ...]:
+        return self.planted or ((self.file,) if self.file.endswith(".cu") else (FWD,))
 
 
 PTX, TILE, MMA, PHILOX = "ptx.cuh", "tile.cuh", "mma.cuh", "philox.cuh"
 SEQUENCE, CALL, SOFTMAX, LAUNCH = "sequence.cuh", "attention_call.cuh", "softmax.cuh", "launch.cuh"
 FWD, WEIGHTS = "attention_fwd.cu", "attention_weights.cu"
+KEYS, ROWS = "attention_bwd_keys.cu", "attention_bwd_rows.cu"
+BIAS, PREPARE = "attention_bwd_bias.cu", "attention_bwd_prepare.cu"
 LADEN = (BF16, 64, True)
 
-MUTATIONS = (
+FORWARD = (
     # ---- barriers and asynchronous copies
     Mutation(
         "no_barrier_before_v",
@@ -371,8 +379,8 @@ MUTATIONS = (
     Mutation(
         "softcap_without_tanh",
         CALL,
-        "p.softcap * tanh_of(x / p.softcap)",
-        "x",
+        "x = p.softcap * t;",
+        "",
         "softcap caps nothing",
         "ptx:features",
         "values",

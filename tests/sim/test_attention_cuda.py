@@ -1,8 +1,5 @@
 """backend="cuda" on CPU tensors: the shipped binding, launcher and kernels (their sm_80 PTX, in the
-simulator) against the fp64 oracle, every feature.
-
-Gradients are the reference formula's here (there is no CUDA C++ backward yet); that Triton's
-kernels make them from this forward's lse is in test_attention_triton_ptx.py.
+simulator) against the fp64 oracle, every feature, outputs and gradients.
 """
 
 from dataclasses import replace

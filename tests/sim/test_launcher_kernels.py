@@ -89,20 +89,26 @@ def test_the_cuda_launchers(dtype: torch.dtype) -> None:
     assert torch.equal(w, weights)
 
 
+_TELLS_APART = ("kernel", "dtype", "head_dim", "laden", "atomics")
+
+
 def test_every_variant_fits_the_smallest_architecture() -> None:
     """99 KB a block (8.6, 8.9, 12.0), and nothing is compiled that no launch could choose."""
     m = kernels.module().cuda
-    for variants in (m.attention_forward_variants(), m.attention_weights_variants()):
-        keys = [(v["dtype"], v["head_dim"], v["laden"]) for v in variants]
+    tables = (
+        m.attention_forward_variants(),
+        m.attention_weights_variants(),
+        m.attention_backward_variants(),
+    )
+    for variants in tables:
+        keys = [tuple(v[n] for n in _TELLS_APART) for v in variants]
         assert len(set(keys)) == len(keys) > 0
         assert {v["dtype"] for v in variants} == {0, 1, 2}
         for v in variants:
             assert v["shared"] <= 99 << 10, v
             assert v["threads"] % 32 == 0
     registered = kernels.device().registered()
-    assert len(registered) == len(m.attention_forward_variants()) + len(
-        m.attention_weights_variants()
-    )
+    assert len(registered) == sum(map(len, tables))
 
 
 def test_errors_come_back_as_they_are() -> None:

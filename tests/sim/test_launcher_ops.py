@@ -1,12 +1,15 @@
-"""The CUDA backend as it is called: choice, refusals, errors of launches, first use, autograd,
-compilers, modules. Kernels run in the PTX simulator, on shapes of one tile."""
+"""The CUDA backend as it is called: choice, refusals, first use, autograd, compilers, modules.
+Kernels run in the PTX simulator, on shapes of one tile."""
 
 import importlib
+import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from refused_calls import arguments, qkv, refused, refused_backward
 from test_attention_ops import PACKED, on_fake_cuda, op_calls, problem_named
 from tools import fake_grads, packed, padded
 from torch import Tensor
@@ -17,7 +20,6 @@ from fastattn import first_use, reference
 from fastattn.backends import PerformanceWarning, select
 from fastattn.ops import attention_cuda, attention_first_use, attention_guard
 from fastattn.ops import attention_op as op
-from fastattn.ops.attention_op import Shared
 from sim import operators
 from sim.cudart import Device
 
@@ -25,19 +27,13 @@ backends = importlib.import_module("fastattn.backends")
 OPS = torch.ops.fastattn
 
 
-def qkv(*shape: int, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (torch.randn(shape or (1, 2, 9, 8), **more) for _ in range(3))
-    return q, k, v
+BACKWARD = ["attention_bwd_prepare", "attention_bwd_keys", "attention_bwd_rows"]
+FORWARD_AND_BACKWARD = ["attention_fwd", *BACKWARD]
 
 
-def arguments(*qkv: Tensor, **given: Any) -> tuple[Any, ...]:
-    """Of attention_cuda_fwd: q, k, v and the shared arguments in the schema's order."""
-    values: dict[str, Any] = dict.fromkeys(Shared.__slots__[:9])
-    values |= {"scale": 0.25, "causal": 0, "window_left": -1, "window_right": -1, "softcap": 0.0}
-    values |= {"dropout_p": 0.0, "weights": 0, "max_seqlen_q": 9, "max_seqlen_k": 9}
-    values |= {"deterministic": True} | given
-    assert list(values) == list(Shared.__slots__)
-    return (*qkv, *values.values())
+def launched(gpu: Device) -> list[str]:
+    """Kernels by name, in order."""
+    return [re.findall(r"(attention_[a-z_]+)_kernel", x.kernel)[-1] for x in gpu.launches]
 
 
 def refuses(message: str, *args: Any) -> None:
@@ -77,10 +73,14 @@ def test_what_it_cannot_serve_is_named(gpu: Device) -> None:
     assert not gpu.launches
 
 
+BUILD = backends.CudaBuild(runtime=(13, 0), driver=(13, 0), cubins=("80",), ptx=("80",))
+
+
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with an sm_80, as far as choosing a backend goes."""
     monkeypatch.setattr(backends, "_C_CUDA_ERROR", "")
+    monkeypatch.setattr(backends, "cuda_build", lambda: BUILD)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A Name")
@@ -93,11 +93,20 @@ def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {b.name: b for b in fastattn.backends()}
     assert rows["cuda"].usable
     assert rows["cuda"].details == {"device": "A Name"}
-    assert select("attention", "auto", "cuda", f32, 64) == "triton"
-    assert select("attention", "cuda", "cuda", f32, 64) == "cuda"
+    assert select("attention", "triton", "cuda", f32, 64) == "triton"
+    for capability, first in {(8, 0): "cuda", (8, 9): "cuda", (9, 0): "triton", (10, 0): "triton",
+                              (12, 0): "cuda"}.items():  # fmt: skip
+        monkeypatch.setattr(backends, "_chosen", {})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        assert select("attention", "auto", "cuda", f32, 64) == "cuda"
+        assert select("attention", "auto", "cuda", torch.bfloat16, 64) == first, capability
+    for missing, left in (("_triton_missing", "cuda"), ("_cuda_missing", "triton")):
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "_chosen", {})
+            patch.setattr(backends, missing, lambda: "it is not installed")
+            for dtype in (f32, torch.float16):
+                assert select("attention", "auto", "cuda", dtype, 64) == left
     monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "_triton_missing", lambda: "triton is not installed")
-    assert select("attention", "auto", "cuda", f32, 64) == "cuda"
     with pytest.warns(PerformanceWarning, match="reference"):
         assert select("attention", "auto", "cuda", f32, 300) == "reference"
 
@@ -108,6 +117,7 @@ def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("_C_CUDA_ERROR", "No module named 'fastattn._C_cuda'"), "not built.*FASTATTN_CUDA=1"),
         (("_new_enough", lambda: False), "8.0"),
+        (("cuda_build", lambda: replace(BUILD, driver=(12, 8))), "needs driver 580 or later"),
     ],
 )
 def test_reasons(monkeypatch: pytest.MonkeyPatch, change: tuple[str, Any], why: str) -> None:
@@ -130,42 +140,15 @@ def test_rocm_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_direct_call_stays_inside_its_tensors(gpu: Device) -> None:
     """Whatever the op is called with: an error before any launch."""
-    q, k, v = qkv()
-    cu = torch.tensor([0, 9])
-    p = [torch.randn(9, 2, 8) for _ in range(3)]
-    refuses("k must have head_dim 8", *arguments(q, k[..., :7], v))
-    refuses("v must have k's length 9, got 5", *arguments(q, k, v[:, :, :5]))
-    refuses("one batch size", *arguments(q, k.expand(2, -1, -1, -1), v))
-    refuses("multiple of k's", *arguments(q, *qkv(1, 3, 9, 8)[1:]))
-    refuses("one dtype", *arguments(q, k.half(), v))
-    refuses("head_dim up to 256, got 300", *arguments(*qkv(1, 1, 4, 300)))
-    refuses("mask must be bool", *arguments(q, k, v, mask=torch.ones(9, 9)))
-    refuses("mask dimension 1 must be 1 or 9", *arguments(q, k, v, mask=torch.ones(9, 8) > 0))
-    refuses("bias dimension 0 must be 1 or 9, got 3", *arguments(q, k, v, bias=torch.ones(3, 9)))
-    refuses("q_lens must have shape", *arguments(q, k, v, q_lens=torch.tensor([1, 2])))
-    refuses("k_lens must be int32 or int64", *arguments(q, k, v, k_lens=torch.tensor([1.0])))
-    refuses("alibi_slopes must have shape", *arguments(q, k, v, alibi_slopes=torch.ones(3)))
-    refuses("sinks must have shape", *arguments(q, k, v, sinks=torch.ones(3)))
-    refuses("dropout needs seed", *arguments(q, k, v, dropout_p=0.5))
-    refuses("causal must be 0, 1 or 2", *arguments(q, k, v, causal=3))
-    refuses("weights must be 0, 1 or 2", *arguments(q, k, v, weights=7))
-    refuses("cu_seqlens_k must come with", *arguments(*p, cu_seqlens_q=cu))
-    refuses(
-        "cu_seqlens_k must have shape",
-        *arguments(*p, cu_seqlens_q=cu, cu_seqlens_k=torch.tensor([0, 1, 2])),
-    )
-    refuses(
-        "must not be negative",
-        *arguments(*p, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_k=-1),
-    )
-    refuses(
-        r"Sq \+ Sk must be less than 2\^30",
-        *arguments(*p, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_k=2**30),
-    )
-    refuses(
-        "at most 2147483647 for the kernels",
-        *arguments(*p, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=2**31),
-    )
+    for words, args in refused():
+        refuses(words, *args)
+    cu, p = torch.tensor([0, 9]), [torch.randn(9, 2, 8) for _ in range(3)]
+    both = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    refuses(r"Sq \+ Sk must be less than 2\^30", *arguments(*p, **both, max_seqlen_k=2**30))
+    refuses("at most 2147483647 for the kernels", *arguments(*p, **both, max_seqlen_q=2**31))
+    for words, args in refused_backward():
+        with pytest.raises(RuntimeError, match=words):
+            OPS.attention_cuda_bwd(*args)
     assert not gpu.launches
 
 
@@ -174,78 +157,6 @@ def test_windows_beyond_the_ends_are_clamped(gpu: Device) -> None:
     far = OPS.attention_cuda_fwd(*arguments(q, k, v, window_left=2**40, window_right=2**62))
     for x, y in zip(far, OPS.attention_cuda_fwd(*arguments(q, k, v)), strict=True):
         torch.testing.assert_close(x, y)
-
-
-# --------------------------------------------------------------------------- failures of launches
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        ("cudaLaunchKernel", 9, r"cudaErrorInvalidConfiguration \(invalid configuration argument"),
-        ("cudaLaunchKernel", 209, r"cudaErrorNoKernelImageForDevice \(no kernel image"),
-        ("cudaLaunchKernel", 701, r"cudaErrorLaunchOutOfResources \(too many resources"),
-        ("cudaFuncSetAttribute", 1, r"cudaErrorInvalidValue \(invalid argument"),
-    ],
-)
-def test_a_failure_says_what_was_launched(gpu: Device, call: str, error: int, words: str) -> None:
-    q, k, v = qkv(1, 2, 9, 8)
-    fastattn.attention(q, k, v, backend="cuda")
-    (made,) = gpu.launches
-    with gpu.failing(call, error), pytest.raises(RuntimeError) as raised:
-        fastattn.attention(q, k, v, backend="cuda")
-    # `match` would not tell a missing number from one that is there by chance.
-    text = str(raised.value)
-    assert "fastattn::attention_cuda_fwd: " in text
-    (kernel,) = [w for w in text.replace(",", " ").split() if w.endswith("_kernel")]
-    assert kernel in made.kernel
-    if call == "cudaLaunchKernel":
-        assert f"grid {made.grid[0]}, block {made.block[0]}, {made.shared} bytes" in text
-    assert "B 1 H 2 Sq 9 Sk 9 D 8 Dv 8" in text
-    with pytest.raises(RuntimeError, match=words):
-        with gpu.failing(call, error):
-            fastattn.attention(q, k, v, backend="cuda")
-    # No error stays behind for the next launch.
-    right = reference.attention(q, k, v)
-    torch.testing.assert_close(fastattn.attention(q, k, v, backend="cuda"), right)
-    assert gpu.idle()
-
-
-def test_the_weights_kernel_fails_by_its_own_name(gpu: Device) -> None:
-    q, k, v = qkv()
-    fastattn.attention(q, k, v, backend="cuda", return_weights=True)
-    made = gpu.launches[1]
-    with pytest.raises(RuntimeError, match="weights.*_kernel") as raised:
-        original = gpu._launch
-
-        def second_fails(launched: Any) -> int:
-            error = original(launched)
-            return 719 if b"weights" in launched.kernel else error
-
-        gpu._launch = second_fails
-        try:
-            fastattn.attention(q, k, v, backend="cuda", return_weights=True)
-        finally:
-            gpu._launch = original
-    assert f"grid {made.grid[0]}, block {made.block[0]}" in str(raised.value)
-
-
-def test_an_architecture_without_code(gpu: Device) -> None:
-    with gpu.playing("sm_75"), pytest.raises(RuntimeError, match="NoKernelImage|InvalidValue"):
-        fastattn.attention(*qkv(), backend="cuda")
-
-
-@pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_shared_memory_of_the_smaller_architectures(
-    gpu: Device, arch: str, dtype: torch.dtype, head_dim: int
-) -> None:
-    """99 KB a block on GeForce: every variant must fit, or its launch fails there."""
-    q, k, v = qkv(1, 1, 5, head_dim, dtype=dtype)
-    with gpu.playing(arch):
-        fastattn.attention(q, k, v, backend="cuda")
-        fastattn.attention(q, k, v, backend="cuda", softcap=2.0, return_weights=True)
 
 
 # ------------------------------------------------------------------------------------- first use
@@ -304,30 +215,6 @@ def test_backends_do_not_share_verdicts(unknown_gpu: Device) -> None:
 
 
 # ------------------------------------------------------------------------------------- autograd
-
-
-def test_gradients_come_from_triton_where_it_can_serve(
-    gpu: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-
-    def backward(*args: Any) -> tuple[Tensor, ...]:
-        calls.append(args)
-        q, k, v = args[3:6]
-        return q, k, v, q.new_empty(0), q.new_empty(0)
-
-    monkeypatch.setattr(attention_cuda.attention_triton, "backward", backward)
-    leaves = qkv(1, 2, 9, 8, requires_grad=True)
-    o = fastattn.attention(*leaves, backend="cuda", deterministic=False)
-    torch.autograd.grad(o.sum(), leaves)  # no Triton on CPU tensors: the reference formula
-    assert not calls
-    monkeypatch.setattr(attention_cuda, "can_serve", lambda *_: True)
-    o = fastattn.attention(*leaves, backend="cuda", deterministic=False)
-    grads = torch.autograd.grad(o.sum(), leaves)
-    assert torch.equal(grads[0], leaves[0])
-    ((do, dlse, dw, *_, deterministic, need),) = calls
-    assert (do is None, dlse, dw) == (False, None, None)
-    assert (deterministic, need) == (False, 7)
 
 
 def test_double_backward_and_torch_func(gpu: Device) -> None:
@@ -391,7 +278,7 @@ def test_compiles_without_a_graph_break(gpu: Device) -> None:
         strict=True,
     ):
         torch.testing.assert_close(x, y)
-    assert len(gpu.launches) == 2
+    assert launched(gpu) == 2 * FORWARD_AND_BACKWARD
 
 
 @pytest.mark.parametrize("case", ["plain", "all", "weights_mean", *PACKED])
@@ -443,7 +330,7 @@ def test_module(gpu: Device) -> None:
         results.append((y, w, module.in_proj_weight.grad, module.out_proj.weight.grad))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert len(gpu.launches) == 2
+    assert launched(gpu) == ["attention_fwd", "attention_weights", *BACKWARD]
 
 
 def test_swap(gpu: Device) -> None:
@@ -454,7 +341,7 @@ def test_swap(gpu: Device) -> None:
     out = layer(x)
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
     out.sum().backward()
-    assert len(gpu.launches) == 1
+    assert launched(gpu) == FORWARD_AND_BACKWARD
     assert layer.self_attn.in_proj_weight.grad is not None
 
 

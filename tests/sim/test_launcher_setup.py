@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> Setup:
     """Runs setup.py up to `setup(...)`; what it was given, and setup.py's own names."""
 
     def run(**environment: str) -> dict[str, Any]:
-        for name in ("FASTATTN_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        for name in ("FASTATTN_CUDA", "FASTATTN_LOCAL_VERSION", "TORCH_CUDA_ARCH_LIST"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -85,8 +87,14 @@ def test_without_nvcc_it_is_left_out_and_says_so(
 
 @pytest.mark.usefixtures("no_nvcc")
 def test_asked_for_without_nvcc_it_fails_loudly(setup_py: Setup) -> None:
-    with pytest.raises(SystemExit, match="FASTATTN_CUDA=1, but no usable CUDA toolkit"):
+    with pytest.raises(SystemExit, match="FASTATTN_CUDA=1, but no usable CUDA toolkit") as error:
         setup_py(FASTATTN_CUDA="1")
+    # What it says to install is what the Makefile and cibuildwheel install.
+    packages = set(re.findall(r"nvidia-[a-z-]+", str(error.value)))
+    (makefile,) = re.findall(r"^NVCC := .*", (ROOT / "Makefile").read_text(), re.M)
+    (manylinux,) = re.findall(r".*nvidia-cuda-nvcc.*", (ROOT / "pyproject.toml").read_text())
+    for text in (makefile, manylinux):
+        assert set(re.findall(r"nvidia-[a-z-]+", text)) == packages
 
 
 @pytest.mark.usefixtures("toolkit")
@@ -110,24 +118,100 @@ def test_another_value_is_refused(setup_py: Setup) -> None:
 @pytest.mark.parametrize(
     ("archs", "flags"),
     [
-        ("8.0", "arch=compute_80,code=sm_80"),
+        ("8.0", "arch=compute_80,code=[sm_80]"),
+        # One front-end pass, and the PTX is what the machine code is made from.
         (
-            "8.0;9.0a 12.0+PTX",
-            "arch=compute_80,code=sm_80 arch=compute_90a,code=sm_90a "
-            "arch=compute_120,code=sm_120 arch=compute_120,code=compute_120",
+            "8.0;9.0;10.0;12.0+PTX",
+            "arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]",
         ),
-        ("7.5;8.6", "arch=compute_86,code=sm_86"),  # others build for it too
+        ("12.0 9.0", "arch=compute_90,code=[sm_120,sm_90]"),
+        ("8.0;9.0a,12.0", "arch=compute_80,code=[sm_80,sm_120] arch=compute_90a,code=[sm_90a]"),
+        ("9.0a+PTX", "arch=compute_90a,code=[sm_90a,compute_90a]"),
+        (
+            "8.9;10.0f+PTX",
+            "arch=compute_89,code=[sm_89] arch=compute_100f,code=[sm_100f,compute_100f]",
+        ),
+        ("7.5;8.6;8.6", "arch=compute_86,code=[sm_86]"),  # others build for 7.5 too
     ],
 )
-def test_architectures(setup_py: Setup, archs: str, flags: str) -> None:
-    found = setup_py(FASTATTN_CUDA="0")["gencode"](archs)
+def test_architectures(toolkit: ModuleType, archs: str, flags: str) -> None:
+    found = toolkit.Architectures.parse(archs).flags()
     assert found == [f"-gencode={f}" for f in flags.split()]
 
 
-@pytest.mark.parametrize("archs", ["Ampere", "8", "7.0;7.5"])
+@pytest.mark.usefixtures("toolkit")
+@pytest.mark.parametrize("archs", ["Ampere", "8", "7.0;7.5", "9.0+ptx"])
 def test_architectures_that_are_refused(setup_py: Setup, archs: str) -> None:
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
-        setup_py(FASTATTN_CUDA="0")["gencode"](archs)
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: "):
+        setup_py(TORCH_CUDA_ARCH_LIST=archs)
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_the_binary_knows_its_architectures(setup_py: Setup) -> None:
+    _, cuda = setup_py(TORCH_CUDA_ARCH_LIST="8.0;9.0a;12.0+PTX")["ext_modules"]
+    assert "-DFASTATTN_CUBINS=80,90a,120" in cuda.extra_compile_args
+    assert "-DFASTATTN_PTX=80" in cuda.extra_compile_args
+
+
+def test_nvcc_reads_those_flags(toolkit: ModuleType) -> None:
+    """One front-end pass for all, and every architecture of the wheel is one that nvcc knows."""
+    flags = toolkit.Architectures.parse(toolkit.ARCHS).flags()
+    command = [toolkit.find().nvcc, "--dryrun", *flags, "-x", "cu", "-c", "/dev/null"]
+    plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert len(re.findall(r"^#\$ .*cicc.? ", plan, re.M)) == 1
+    assert re.findall(r"ptxas.* -arch=(sm_\w+)", plan) == ["sm_80", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_a_file_of_kernels_is_compiled_when_something_changed(
+    setup_py: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not twice for the same, but for other architectures, and after a change of its sources."""
+    builder = setup_py()["Build"]
+    build = object.__new__(builder)
+    build.build_temp = str(tmp_path)
+    calls = []
+
+    def nvcc(command: list[str], check: bool) -> None:
+        assert check
+        calls.append(command)
+        Path(command[command.index("-o") + 1]).touch()
+
+    monkeypatch.setattr(subprocess, "run", nvcc)
+    out = build._nvcc("csrc/cuda/attention_fwd.cu", 1)
+    assert "--threads=1" in calls[0]
+    assert build._nvcc("csrc/cuda/attention_fwd.cu", 2) == out
+    assert len(calls) == 1
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    build._nvcc("csrc/cuda/attention_fwd.cu", 1)
+    assert len(calls) == 2
+    os.utime(out, (0, 0))  # before any of the headers
+    build._nvcc("csrc/cuda/attention_fwd.cu", 1)
+    assert len(calls) == 3
+    Path(out).unlink()
+    build._nvcc("csrc/cuda/attention_fwd.cu", 1)
+    assert len(calls) == 4
+
+
+# ------------------------------------------------------------------------- the version of a wheel
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_a_label_is_true(setup_py: Setup, toolkit: ModuleType) -> None:
+    """FASTATTN_LOCAL_VERSION=cu130 and nothing but CUDA 13.0 in it."""
+    version = "{}{}".format(*toolkit.find().version)
+
+    def tag(**environment: str) -> str:
+        options: dict[str, Any] = setup_py(**environment)["options"]
+        return str(options["egg_info"]["tag_build"])
+
+    assert tag() == ""
+    assert tag(FASTATTN_LOCAL_VERSION=f"cu{version}") == f"+cu{version}"
+    assert tag(FASTATTN_LOCAL_VERSION="site.1", FASTATTN_CUDA="0") == "+site.1"
+    with pytest.raises(SystemExit, match=f"cu121, but this build is cu{version}"):
+        tag(FASTATTN_LOCAL_VERSION="cu121")
+    with pytest.raises(SystemExit, match=f"cu{version}, but this build is without CUDA"):
+        tag(FASTATTN_LOCAL_VERSION=f"cu{version}", FASTATTN_CUDA="0")
 
 
 def test_only_the_package_is_shipped(setup_py: Setup) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sim import build
-from sim.mutants import TABLE, mutate, table
-from sim.mutations import MUTATIONS, Mutation
+from sim.mutants import MUTATIONS, TABLE, mutate, table
+from sim.mutations import Mutation
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)

@@ -8,6 +8,7 @@ import interpreter
 import numpy as np
 import pytest
 import torch
+from refused_calls import refused, refused_backward
 from test_attention_interpreter import NOTHING, SMALL, numbers
 from tools import (
     Problem,
@@ -119,3 +120,15 @@ def spy_on_addresses(x: torch.Tensor, seen: list[int], call: Any) -> None:
 
     with mock.patch.object(interpreter, "_masked_load", load):
         call()
+
+
+def test_a_direct_call_stays_inside_its_tensors() -> None:
+    """Whatever the op is called with: an error before any launch."""
+    ops = torch.ops.fastattn
+    with mock.patch.object(kernels, "launch", side_effect=AssertionError("launched")):
+        for words, args in refused():
+            with pytest.raises(ValueError, match=words):
+                ops.attention_triton_fwd(*args)
+        for words, args in refused_backward():
+            with pytest.raises(ValueError, match=words):
+                ops.attention_triton_bwd(*args)

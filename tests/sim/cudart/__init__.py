@@ -53,6 +53,7 @@ class Launch:
     shared: int
     stream: int
     cooperative: bool
+    device: int
     report: Any  # ptx.Report
 
 
@@ -70,6 +71,7 @@ class _Launched(ctypes.Structure):
         ("shared", ctypes.c_uint64),
         ("stream", ctypes.c_void_p),
         ("cooperative", ctypes.c_int32),
+        ("device", ctypes.c_int32),
     ]
 
 
@@ -119,6 +121,20 @@ class Device:
         self._library.stand_in_fail(call.encode(), error)
         yield
         assert self._library.stand_in_unused_failures() == 0, f"{call} was not called"
+
+    @contextmanager
+    def placed(self, device: int, stream: int = 0) -> Iterator[int]:
+        """Tensors are said to lie on that device; yields its current stream's handle."""
+        handle = device << 32 | stream if stream else 0
+        self._library.stand_in_place(device, ctypes.c_void_p(handle))
+        try:
+            yield handle
+        finally:
+            self._library.stand_in_place(0, None)
+
+    def guarded(self) -> int:
+        """The device that torch's guard holds now, -1 = none."""
+        return int(self._library.stand_in_guarded())
 
     def registered(self) -> list[str]:
         """Mangled names of every kernel of the library."""
@@ -178,8 +194,10 @@ class Device:
         )  # fmt: skip
         stream = made.stream or 0
         self.launches.append(
-            Launch(name, grid, block, made.shared, stream, bool(made.cooperative), report)
-        )
+            Launch(
+                name, grid, block, made.shared, stream, bool(made.cooperative), made.device, report
+            )
+        )  # fmt: skip
         return SUCCESS
 
 

@@ -27,7 +27,7 @@ struct Launched {
   void** args;
   uint64_t shared;
   void* stream;
-  int32_t cooperative;
+  int32_t cooperative, device;
 };
 // Returns a cudaError_t.
 using OnLaunch = int (*)(const Launched*);
@@ -58,7 +58,12 @@ struct State {
   OnLaunch on_launch = nullptr;
   OnRegion on_region = nullptr;
   OnForget on_forget = nullptr;
+  int tensors_device = 0, guarded = -1;
+  cudaStream_t stream = nullptr;
 };
+constexpr int kDevices = 2;
+// A stream belongs to a device: what a test calls one is its device in the upper half.
+int device_of(cudaStream_t stream) { return int(uintptr_t(stream) >> 32); }
 
 State& state() {  // objects register from static initialisers, in any order
   static State s;
@@ -72,6 +77,7 @@ struct Configuration {
 };
 thread_local std::vector<Configuration> t_configurations;
 thread_local cudaError_t t_last = cudaSuccess;
+thread_local int t_device = 0;   // the current one of this copy of the runtime
 thread_local std::string t_why;  // of the last error, beyond what CUDA says
 
 cudaError_t report(cudaError_t error, std::string why = "") {
@@ -99,6 +105,8 @@ Words words_of(cudaError_t error) {
       {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge",
        "too many blocks in cooperative launch"},
       {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+      {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+      {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
   };
   for (const Words& w : kWords)
     if (w.error == error) return w;
@@ -129,9 +137,17 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, void** args, size_t 
   const auto found = state().functions.find(host);
   if (found == state().functions.end()) return report(cudaErrorInvalidDeviceFunction);
   const Function& f = found->second;
-  Launched made{
-      f.fatbin, f.name.c_str(), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, args, shared,
-      stream,   cooperative};
+  Launched made{f.fatbin,
+                f.name.c_str(),
+                {grid.x, grid.y, grid.z},
+                {block.x, block.y, block.z},
+                args,
+                shared,
+                stream,
+                cooperative,
+                t_device};
+  if (stream != nullptr && device_of(stream) != t_device)
+    return report(cudaErrorInvalidResourceHandle, "the stream is another device's");
   uint64_t threads = 1, blocks = 1;
   for (int axis = 0; axis < 3; ++axis) {
     threads *= made.block[axis], blocks *= made.grid[axis];
@@ -189,6 +205,13 @@ EXPORT int stand_in_registered(const char** names, int room) {
   return n;
 }
 
+// Tensors are said to lie on this device, whose current stream is `stream`.
+EXPORT void stand_in_place(int device, cudaStream_t stream) {
+  state().tensors_device = device, state().stream = stream;
+}
+// torch's current device, -1 = as it was before any call.
+EXPORT int stand_in_guarded() { return state().guarded; }
+
 // ---- the side of a binding that was built with FASTATTN_STAND_IN
 
 extern "C" void stand_in_region(const void* data, int64_t bytes, int access, const char* name) {
@@ -196,6 +219,14 @@ extern "C" void stand_in_region(const void* data, int64_t bytes, int access, con
 }
 extern "C" void stand_in_forget() {
   if (state().on_forget != nullptr) state().on_forget();
+}
+
+extern "C" int stand_in_device() { return state().tensors_device; }
+extern "C" cudaStream_t stand_in_stream(int device) {
+  return device == state().tensors_device ? state().stream : nullptr;
+}
+extern "C" void stand_in_guard(int device, bool entered) {
+  state().guarded = entered ? device : -1;
 }
 
 // ---- the runtime, as nvcc's host code calls it (crt/host_runtime.h)
@@ -276,8 +307,15 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
   return cudaSuccess;
 }
 
+cudaError_t cudaSetDevice(int device) {
+  cudaError_t error = cudaSuccess;
+  if (injected("cudaSetDevice", error)) return report(error);
+  if (device < 0 || device >= kDevices) return report(cudaErrorInvalidDevice);
+  t_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = t_device;
   return cudaSuccess;
 }
 

@@ -11,6 +11,7 @@ import ctypes
 import re
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 _MAGIC = 0xBA55ED50
 _PTX = 1
@@ -29,19 +30,34 @@ class Text:
 
 def texts(address: int) -> list[Text]:
     """Every PTX text of the fatbin at an address of this process."""
-    magic, _, header, size = struct.unpack("<IHHQ", ctypes.string_at(address, 16))
+    _, _, header, size = struct.unpack("<IHHQ", ctypes.string_at(address, 16))
+    return texts_of(ctypes.string_at(address, header + size))
+
+
+def of_object(path: Path) -> list[Text]:
+    """Those of an object file that nvcc made."""
+    contents = path.read_bytes()
+    at = contents.find(struct.pack("<I", _MAGIC))
+    if at < 0:
+        raise FatbinError(f"{path.name} has no fatbin")
+    return texts_of(contents[at:])
+
+
+def texts_of(fatbin: bytes) -> list[Text]:
+    """fatbin: may be longer than it is."""
+    magic, _, header, size = struct.unpack_from("<IHHQ", fatbin)
     if magic != _MAGIC:
         raise FatbinError(f"magic {magic:#x}, not {_MAGIC:#x}")
     found = []
-    at, end = address + header, address + header + size
+    at, end = header, header + size
     while at < end:
-        kind, _, header, size = struct.unpack("<HHIQ", ctypes.string_at(at, 16))
-        (compressed,) = struct.unpack("<I", ctypes.string_at(at + 16, 4))
-        (arch,) = struct.unpack("<I", ctypes.string_at(at + 28, 4))
+        kind, _, header, size = struct.unpack_from("<HHIQ", fatbin, at)
+        (compressed,) = struct.unpack_from("<I", fatbin, at + 16)
+        (arch,) = struct.unpack_from("<I", fatbin, at + 28)
         if kind == _PTX:
             if compressed:
                 raise FatbinError("the PTX is compressed: compile with nvcc --no-compress")
-            ptx = ctypes.string_at(at + header, size).rstrip(b"\0").decode()
+            ptx = fatbin[at + header : at + header + size].rstrip(b"\0").decode()
             if ".version" not in ptx:
                 raise FatbinError(f"an entry of kind PTX starts with {ptx[:40]!r}")
             found.append(Text(arch, ptx))

@@ -13,6 +13,9 @@ inline uint32_t shared_address(const void* p, FASTATTN_EMU_SITE_) {
 __forceinline__ void cp_async_16(uint32_t dst, const void* src, bool valid, FASTATTN_EMU_SITE_) {
   emu::cp_async(dst, src, 16, valid, site);
 }
+__forceinline__ void cp_async_4(uint32_t dst, const void* src, bool valid, FASTATTN_EMU_SITE_) {
+  emu::cp_async(dst, src, 4, valid, site);
+}
 inline void cp_async_commit() { emu::cp_async_commit(); }
 template <int N>
 inline void cp_async_wait(FASTATTN_EMU_SITE_) {

@@ -95,4 +95,40 @@ FASTATTN_EMU_LAUNCHER(attention_weights) {
   return attention_weights(p, nullptr).error;
 }
 
+FASTATTN_EMU_LAUNCHER(attention_backward) {
+  AttentionParams p = params(c);
+  const auto given = [&](const char* name) {
+    return c.find(name) ? operand(c.tensor(name)) : Operand{};
+  };
+  const bool packed = p.cu_q.ptr != nullptr;
+  p.o = given("o");
+  p.lse = c.data<float>("lse");
+  p.lse_lo = c.data<float>("lse_lo");
+  AttentionGrads g;
+  g.d_o = given("d_o"), g.dq = given("dq"), g.dk = given("dk"), g.dv = given("dv");
+  if (Tensor* t = c.find("dlse")) {
+    const int64_t* strides = t->strides.data();
+    g.dlse = {t->data(), packed ? 0 : strides[0], strides[packed ? 0 : 1], strides[packed ? 1 : 2],
+              0};
+  }
+  if (Tensor* t = c.find("dweights")) {
+    const bool full = t->sizes.size() == 4;
+    p.weights_mode = full ? Weights::kFull : Weights::kMean;
+    g.dweights =
+        full ? operand(*t) : Operand{t->data(), t->strides[0], 0, t->strides[1], t->strides[2]};
+    g.dweights_scale = full ? 1.f : 1.f / static_cast<float>(p.H);
+  }
+  if (Tensor* t = c.find("dbias")) {
+    const auto stride = [&](size_t d) { return t->sizes[d] == 1 ? 0 : t->strides[d]; };
+    g.dbias_mode = static_cast<BiasGrad>(c.integer("dbias_mode"));
+    g.dbias = t->data(), g.dbias_dtype = dtype_of(*t);
+    g.dbias_b = stride(0), g.dbias_h = stride(1), g.dbias_i = stride(2), g.dbias_j = stride(3);
+    g.bias_b = static_cast<int>(t->sizes[0]), g.bias_h = static_cast<int>(t->sizes[1]);
+  }
+  g.dsinks = c.data<float>("dsinks");
+  g.delta = c.data<float>("delta"), g.lse_units = c.data<float>("lse_units");
+  g.dq_sums = c.data<float>("dq_sums");
+  return attention_backward(p, g, nullptr).error;
+}
+
 }  // namespace fastattn::cuda

@@ -1,0 +1,59 @@
+"""The CUDA kernels as a folder of cubins with a list, which bench/model reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rungs.aot import TOOLS
+
+from . import build
+from .budget import ARCHS, BudgetError, variant, variants
+
+# The wheel has no code of these: they run that of the same major version.
+_RUNS = {"sm_86": "sm_80", "sm_89": "sm_80"}
+EVERY = tuple(sorted((*ARCHS, *_RUNS), key=lambda arch: int(arch.removeprefix("sm_"))))
+_WANTED = re.compile(r" bf16 d(64|128) ")
+_RARE = re.compile(r"bwd_(shared|weights)_|atomics")
+
+
+def write(folder: Path, archs: Iterable[str]) -> int:
+    """The bf16 kernels of the usual head dims, without features; how many entries the list has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = {n: v for n, v in variants().items() if _WANTED.search(n) and not _RARE.search(n)}
+    with_plain = {v["kernel"] for v in table.values() if not v["laden"]}
+    table = {n: v for n, v in table.items() if not (v["laden"] and v["kernel"] in with_plain)}
+    entries = [entry for arch in archs for entry in _entries(folder, arch, table)]
+    (folder / "kernels.json").write_text(json.dumps({"kernels": entries}, indent=1) + "\n")
+    return len(entries)
+
+
+def _entries(folder: Path, arch: str, table: dict[str, Any]) -> list[dict[str, Any]]:
+    found, built = {}, _RUNS.get(arch, arch)
+    for source in sorted((build.CSRC / "cuda").glob("*.cu")):
+        cubin = f"{source.stem}.{built}.cubin"
+        shutil.copyfile(build.cubin(source, built), folder / cubin)
+        for function in _functions(folder / cubin):
+            name = variant(function)
+            if name in table:
+                found[name] = _entry(arch, cubin, function, name, table[name])
+    if missing := table.keys() - found.keys():
+        raise BudgetError(f"{arch}: in a launcher's table, in no cubin: {', '.join(missing)}")
+    return list(found.values())
+
+
+def _entry(arch: str, cubin: str, function: str, name: str, v: dict[str, Any]) -> dict[str, Any]:
+    sizes = {key: v[key] for key in ("threads", "shared", "rows", "keys", "head_dim")}
+    where = {"arch": arch, "cubin": cubin, "function": function}
+    return {"name": name.rsplit(" ", 1)[0], **where, **sizes, "causal": None}
+
+
+def _functions(cubin: Path) -> list[str]:
+    command = [str(TOOLS / "cuobjdump"), "-res-usage", str(cubin)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"Function (\S+):", usage)

@@ -1,0 +1,1 @@
+"""What is shipped: the wheels and the sdist, looked into and tried away from the checkout."""
