@@ -95,12 +95,15 @@ def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["cuda"].usable
     assert rows["cuda"].details == {"device": "A Name"}
     assert select("attention", "triton", "cuda", f32, 64) == "triton"
-    for capability, first in {(8, 0): "cuda", (8, 9): "cuda", (9, 0): "triton", (10, 0): "triton",
-                              (12, 0): "cuda"}.items():  # fmt: skip
+    order = {  # 16 bit, fp32
+        (8, 0): ("cuda", "cuda"), (8, 9): ("cuda", "triton"), (9, 0): ("triton", "cuda"),
+        (10, 0): ("triton", "triton"), (12, 0): ("cuda", "triton"),
+    }  # fmt: skip
+    for capability, (narrow, wide) in order.items():
         monkeypatch.setattr(backends, "_chosen", {})
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
-        assert select("attention", "auto", "cuda", f32, 64) == "cuda"
-        assert select("attention", "auto", "cuda", torch.bfloat16, 64) == first, capability
+        assert select("attention", "auto", "cuda", torch.bfloat16, 64) == narrow, capability
+        assert select("attention", "auto", "cuda", f32, 64) == wide, capability
     for missing, left in (("_triton_missing", "cuda"), ("_cuda_missing", "triton")):
         with monkeypatch.context() as patch:
             patch.setattr(backends, "_chosen", {})
