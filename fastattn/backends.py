@@ -10,8 +10,12 @@ explicit backend that cannot serve a call raises; ``auto`` takes the next one th
 |                 | reference       | which Triton emits and the CUDA C++ kernels do not           |
 | cuda 8.x, 12.x  | cuda, triton,   | 16 bit: one kind of instruction; the CUDA C++ tiles read     |
 |                 | reference       | less shared memory a product (bench/model/REPORT.md: model)  |
-| cuda, fp32      | cuda, triton,   | products on the tensor cores (3 x tf32), Triton's on the FMA |
-|                 | reference       | units, which have 3/8 (A100) to 1/2 (H100) of that rate      |
+| 8.0, 9.0, fp32  | cuda, triton,   | CUDA C++ has a third of the tf32 rate (3 x tf32), Triton     |
+|                 | reference       | that of the FMA units: peaks of 52 to 19.5 TFLOP/s on an     |
+|                 |                 | A100; on an H100 104 to 67 with what mma.sync was measured   |
+|                 |                 | to reach there (by others, see bench/model/archs.py)         |
+| other cuda,     | triton, cuda,   | there tf32 is no faster than FMA (8.6, 8.9, 12.x), a third   |
+| fp32            | reference       | of it slower; of mma.sync on 10.x no rate is documented      |
 | ROCm            | triton,         | nothing else is compiled for it                              |
 |                 | reference       |                                                              |
 | other           | reference       | plain PyTorch runs wherever torch does                       |
@@ -54,8 +58,8 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 _AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda 9, 10": ("triton", "cuda", "reference"),
     "cuda": ("cuda", "triton", "reference"),
+    "cuda, triton first": ("triton", "cuda", "reference"),
 }
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
@@ -331,9 +335,14 @@ _chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
 
 def _order(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The row of the table."""
-    nvidia = device == "cuda" and not torch.version.hip and torch.cuda.is_available()
-    if nvidia and dtype != torch.float32 and torch.cuda.get_device_capability()[0] in (9, 10):
-        return _AUTO["cuda 9, 10"]
+    if device == "cuda" and not torch.version.hip and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if dtype == torch.float32:
+            triton_first = capability not in ((8, 0), (9, 0))
+        else:
+            triton_first = capability[0] in (9, 10)
+        if triton_first:
+            return _AUTO["cuda, triton first"]
     return _AUTO.get(device, ("reference",))
 
 

@@ -75,17 +75,15 @@ struct Call {
     };
   }
 
-  // A tensor of the call that only the forward's caller could have made.
-  void read_saved(const Tensor& x, const char* name) { read(x, name); }
+  // A tensor that the kernels read.
+  void read(const Tensor& x, const char* name) const {
+    FASTATTN_CHECK(Device(x) == device, name, " must be on q's device");
+    reachable(x, Access::kRead, name);
+  }
 
  private:
   // Freed to torch's allocator when the call returns, for later work on the same stream.
   std::vector<Tensor> kept_;
-
-  void read(const Tensor& x, const char* name) {
-    FASTATTN_CHECK(Device(x) == device, name, " must be on q's device");
-    reachable(x, Access::kRead, name);
-  }
 
   Integers integers(const Tensor& x, int64_t n, const char* name) {
     FASTATTN_CHECK(x.dim() == 1 && x.size(0) == n, name, " must have shape (", n, ",)");
@@ -166,7 +164,7 @@ enum Need : int64_t { kDq = 1, kDk = 2, kDv = 4, kDbias = 8, kDsinks = 16 };
 
 float* data(const Tensor& x) { return static_cast<float*>(const_cast<void*>(x.const_data_ptr())); }
 
-// Upstream gradients and what the forward saved, checked. `keep` outlives the launches.
+// Upstream gradients and o, checked.
 void set_upstream(Call& call, AttentionGrads& g, const Tensor& q, const Opt& d_o, const Opt& dlse,
                   const Opt& dweights, const Opt& o, bool needs_o) {
   AttentionParams& p = call.p;
@@ -175,7 +173,7 @@ void set_upstream(Call& call, AttentionGrads& g, const Tensor& q, const Opt& d_o
                        x.size(-1) == p.Dv && x.scalar_type() == q.scalar_type() &&
                        (call.packed || x.size(2) == p.Sq),
                    name, " must have the shape and dtype of the forward's output");
-    call.read_saved(x, name);
+    call.read(x, name);
     return operand(x, call.packed);
   };
   if (d_o) {
@@ -190,7 +188,7 @@ void set_upstream(Call& call, AttentionGrads& g, const Tensor& q, const Opt& d_o
                        dlse->size(dims - 1) == (call.packed ? p.Tq : int64_t(p.Sq)) &&
                        (call.packed || dlse->size(0) == p.B),
                    "dlse must have lse's shape and dtype");
-    call.read_saved(*dlse, "dlse");
+    call.read(*dlse, "dlse");
     g.dlse = {const_cast<void*>(dlse->const_data_ptr()), call.packed ? 0 : dlse->stride(0),
               dlse->stride(dims - 2), dlse->stride(dims - 1), 0};
   }
@@ -201,7 +199,7 @@ void set_upstream(Call& call, AttentionGrads& g, const Tensor& q, const Opt& d_o
                        w.size(-1) == p.Sk && (mean || w.size(1) == p.H) &&
                        w.scalar_type() == q.scalar_type(),
                    "dweights must have the weights' shape and dtype");
-    call.read_saved(w, "dweights");
+    call.read(w, "dweights");
     g.dweights = {const_cast<void*>(w.const_data_ptr()), w.stride(0), mean ? 0 : w.stride(1),
                   w.stride(w.dim() - 2), w.stride(w.dim() - 1)};
     g.dweights_scale = mean ? 1.f / float(p.H) : 1.f;
@@ -257,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     for (int64_t d = 0; same && d < x->dim(); ++d) same = x->size(d) == lse_shape[size_t(d)];
     FASTATTN_CHECK(same && x->is_contiguous() && x->scalar_type() == ScalarType::Float,
                    "lse and lse_lo must be the forward's");
-    call.read_saved(*x, x == &lse ? "lse" : "lse_lo");
+    call.read(*x, x == &lse ? "lse" : "lse_lo");
   }
   p.lse = data(lse), p.lse_lo = data(lse_lo);
   set_upstream(call, g, q, d_o, dlse, dweights, o, need & ~kDv);

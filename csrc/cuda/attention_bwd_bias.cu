@@ -223,9 +223,8 @@ Launch launch_weights_delta(const GradCall& c, cudaStream_t stream) {
   const auto* v = find(kWeights, p);
   out.error = v ? cudaSuccess : cudaErrorInvalidValue;
   if (!v) return out;
-  const int64_t tiles = p.cu_q.ptr ? p.H * (p.Tq / v->rows + p.B)
-                                   : int64_t(p.B) * p.H * ((p.Sq + v->rows - 1) / v->rows);
-  if (tiles > 0 && p.B > 0) launch(out, *v, tiles, stream, c);
+  const int64_t tiles = row_tiles(p, v->rows);
+  if (tiles > 0) launch(out, *v, tiles, stream, c);
   return out;
 }
 

@@ -311,10 +311,8 @@ Launch launch_by_keys(const GradCall& c, BiasGrad mode, cudaStream_t stream) {
   for (const auto& v : kVariants) {
     if (v.dtype != p.dtype || v.laden != c.laden || v.head_dim < width) continue;
     if (v.atomics != (c.g.dq_sums != nullptr)) continue;
-    const int64_t tiles = p.cu_k.ptr ? p.Hk * (p.Tk / v.keys + p.B)
-                                     : int64_t(p.B) * p.Hk * ((p.Sk + v.keys - 1) / v.keys);
-    if (tiles == 0 || p.B == 0) return out;
-    launch(out, v, tiles * v.parts, stream, c, mode);
+    const int64_t tiles = key_tiles(p, v.keys);
+    if (tiles > 0) launch(out, v, tiles * v.parts, stream, c, mode);
     return out;
   }
   out.error = cudaErrorInvalidValue;

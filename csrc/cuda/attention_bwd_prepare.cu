@@ -149,15 +149,14 @@ const Variant<GradCall> kSinks[] = {variant("attention_bwd_dsinks_kernel", DType
 
 Launch launch_prepare(const GradCall& c, cudaStream_t stream) {
   const AttentionParams& p = c.call.p;
-  const int64_t tiles =
-      p.cu_q.ptr ? p.H * (p.Tq / kRows + p.B) : int64_t(p.B) * p.H * ((p.Sq + kRows - 1) / kRows);
+  const int64_t tiles = row_tiles(p, kRows);
   Launch out;
   out.kernel = kPrepare[0].kernel;
   out.error = cudaErrorInvalidValue;
   for (const auto& v : kPrepare) {
     if (v.dtype != p.dtype) continue;
     out.error = cudaSuccess;
-    if (tiles > 0 && p.B > 0) launch(out, v, tiles, stream, c);
+    if (tiles > 0) launch(out, v, tiles, stream, c);
   }
   return out;
 }

@@ -197,10 +197,8 @@ Launch launch_by_rows(const GradCall& c, BiasGrad mode, cudaStream_t stream) {
   out.kernel = kVariants[0].kernel;
   for (const auto& v : kVariants) {
     if (v.dtype != p.dtype || v.laden != c.laden || v.head_dim < width) continue;
-    const int64_t tiles = p.cu_q.ptr ? p.H * (p.Tq / v.rows + p.B)
-                                     : int64_t(p.B) * p.H * ((p.Sq + v.rows - 1) / v.rows);
-    if (tiles == 0 || p.B == 0) return out;
-    launch(out, v, tiles, stream, c, mode);
+    const int64_t tiles = row_tiles(p, v.rows);
+    if (tiles > 0) launch(out, v, tiles, stream, c, mode);
     return out;
   }
   out.error = cudaErrorInvalidValue;

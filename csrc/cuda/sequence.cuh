@@ -87,6 +87,13 @@ __device__ __forceinline__ Place place_of(const AttentionParams& p, int64_t tile
   return out;
 }
 
+// How many tiles that grid has.
+inline int64_t row_tiles(const AttentionParams& p, int rows) {
+  if (p.B == 0) return 0;
+  if (p.cu_q.ptr) return p.H * (p.Tq / rows + p.B);
+  return int64_t(p.B) * p.H * ((p.Sq + rows - 1) / rows);
+}
+
 // The same of the keys of a kv head (Place::h). Causal: from the first keys on, which most rows
 // see.
 template <int kBlock>
@@ -105,6 +112,12 @@ __device__ __forceinline__ Place key_place_of(const AttentionParams& p, int64_t 
   out.b = int(bh / p.Hk), out.h = int(bh % p.Hk);
   out.first = int(causal ? tile / heads : tile % blocks) * kBlock;
   return out;
+}
+
+inline int64_t key_tiles(const AttentionParams& p, int keys) {
+  if (p.B == 0) return 0;
+  if (p.cu_k.ptr) return p.Hk * (p.Tk / keys + p.B);
+  return int64_t(p.B) * p.Hk * ((p.Sk + keys - 1) / keys);
 }
 
 // Which keys take part, as far as indices decide it.

@@ -47,6 +47,7 @@ def few(variants: Sequence[Variant]) -> tuple[str, ...]:
     plain = lines(v.line(v.laden) for v in variants)
     one = [v.line(make="make") for v in variants]
     return (
+        "FASTATTN_EMU_BACKWARD",
         f"FASTATTN_FWD_VARIANTS={plain}",
         f"FASTATTN_WEIGHTS_VARIANTS={lines(v.line() for v in variants)}",
         f"FASTATTN_BWD_KEYS_VARIANTS={lines(v.line(v.laden, v.atomics) for v in variants)}",

@@ -184,8 +184,8 @@ BACKWARD = (
     Mutation(
         "causal_blocks_of_keys_mixed_up",
         SEQUENCE,
-        "int(causal ? tile / heads : tile % blocks) * kBlock;\n  return out;\n}\n\n// Which",
-        "int(tile % blocks) * kBlock;\n  return out;\n}\n\n// Which",
+        "int(causal ? tile / heads : tile % blocks) * kBlock;",
+        "int(tile % blocks) * kBlock;",
         "blocks of keys are made twice or never",
         "ptx:causal",
         "Race",
@@ -280,6 +280,15 @@ BACKWARD = (
         only=(FP16, 64, False),
         planted=(KEYS,),
     ),
+    Mutation(
+        "one_dq_for_all_columns",
+        PREPARE,
+        "c.g.dq_sums[at * p.D + d]",
+        "c.g.dq_sums[at * p.D]",
+        "a row of dq by atomics repeats its first column",
+        "ptx:plain+atomics",
+        "values",
+    ),
     # ---- features
     Mutation(
         "softcap_without_derivative",
@@ -341,6 +350,16 @@ BACKWARD = (
         "if (i + e < grads.seen.q_len)",
         "a row's bias is added by eight lanes",
         "ptx:bias_of_rows+atomics",
+        "values",
+        only=LADEN,
+    ),
+    Mutation(
+        "bias_of_the_first_keys",
+        ROWS,
+        "grads.store_bias(ds, row, key + 8 * n, false);",
+        "grads.store_bias(ds, row, key, false);",
+        "the gradient of a whole bias is that of a tile's first keys",
+        "ptx:bias",
         "values",
         only=LADEN,
     ),

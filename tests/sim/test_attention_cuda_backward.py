@@ -126,7 +126,7 @@ def test_upstream_of_some_outputs(given: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", TWO, ids=str)
-@pytest.mark.parametrize(("d", "dv"), [(1, 1), (3, 5), (64, 64), (130, 256)])
+@pytest.mark.parametrize(("d", "dv"), [(1, 1), (3, 5), (33, 17)])
 def test_head_dims_by_atomics(d: int, dv: int, dtype: torch.dtype) -> None:
     problem = padded(b=1, h=2, hk=1, sq=70, sk=83, d=d, dv=dv, dtype=dtype, causal=True)
     judge(problem, "cuda", deterministic=False)
@@ -141,15 +141,18 @@ def test_lengths_around_the_tiles(sq: int, sk: int, d: int) -> None:
     judge(problem.with_(window=(70, 9)), "cuda")
 
 
-@pytest.mark.parametrize("laden", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [32, 64, 96, 128, 256])
-def test_every_variant(d: int, dtype: torch.dtype, laden: bool, gpu: Device) -> None:
-    """More than one tile of rows and of keys, whatever the variant; both ways of dq."""
+@pytest.mark.parametrize(
+    ("d", "laden"),
+    [*((d, False) for d in (32, 64, 96, 128, 256)), (64, True), (128, True), (256, True)],
+)
+def test_every_variant(d: int, dtype: torch.dtype, laden: bool) -> None:
+    """More than one tile of rows and of keys, whatever the variant; both ways of dq where it has
+    variants of its own for atomics."""
     sq, sk = (70, 90) if d == 256 or dtype == torch.float32 else (140, 150)
     problem = padded(b=1, h=1, sq=sq, sk=sk, d=d, dtype=dtype, causal=True)
     problem = problem.with_(softcap=3.0) if laden else problem
-    for deterministic in (True, False):
+    for deterministic in (True, False) if d in (64, 128, 256) else (True,):
         judge(problem, "cuda", deterministic=deterministic)
 
 

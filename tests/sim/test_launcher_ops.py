@@ -4,6 +4,7 @@ Kernels run in the PTX simulator, on shapes of one tile."""
 import importlib
 import re
 import warnings
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -94,12 +95,15 @@ def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["cuda"].usable
     assert rows["cuda"].details == {"device": "A Name"}
     assert select("attention", "triton", "cuda", f32, 64) == "triton"
-    for capability, first in {(8, 0): "cuda", (8, 9): "cuda", (9, 0): "triton", (10, 0): "triton",
-                              (12, 0): "cuda"}.items():  # fmt: skip
+    order = {  # 16 bit, fp32
+        (8, 0): ("cuda", "cuda"), (8, 9): ("cuda", "triton"), (9, 0): ("triton", "cuda"),
+        (10, 0): ("triton", "triton"), (12, 0): ("cuda", "triton"),
+    }  # fmt: skip
+    for capability, (narrow, wide) in order.items():
         monkeypatch.setattr(backends, "_chosen", {})
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
-        assert select("attention", "auto", "cuda", f32, 64) == "cuda"
-        assert select("attention", "auto", "cuda", torch.bfloat16, 64) == first, capability
+        assert select("attention", "auto", "cuda", torch.bfloat16, 64) == narrow, capability
+        assert select("attention", "auto", "cuda", f32, 64) == wide, capability
     for missing, left in (("_triton_missing", "cuda"), ("_cuda_missing", "triton")):
         with monkeypatch.context() as patch:
             patch.setattr(backends, "_chosen", {})
@@ -201,6 +205,40 @@ def test_a_wrong_kernel_gives_way(unknown_gpu: Device, monkeypatch: pytest.Monke
     torch.testing.assert_close(o, reference.attention(q, k, v))
     with pytest.raises(ValueError, match="backend='cuda' is disabled for cuda float32 D8 forward"):
         fastattn.attention(q, k, v, backend="cuda")
+
+
+def test_a_right_backward_is_checked_once(unknown_gpu: Device) -> None:
+    leaves = qkv(requires_grad=True)
+    for _ in range(2):
+        o = fastattn.attention(*leaves, causal=True, backend="cuda")
+        grads = torch.autograd.grad(o.sum(), leaves)
+    right = torch.autograd.grad(reference.attention(*leaves, causal=True).sum(), leaves)
+    for got, want in zip(grads, right, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    verdicts = {v.variant: v.ok for v in first_use.verdicts()}
+    name = "cuda float32 D8 causal"
+    assert verdicts == {f"{name} forward": True, f"{name} backward 7 of do": True}
+    # Two calls and the check of the forward; two, and a check that has a forward of its own.
+    assert Counter(launched(unknown_gpu)) == {
+        "attention_fwd": 4, **dict.fromkeys(BACKWARD, 3),
+    }  # fmt: skip
+
+
+def test_a_wrong_backward_gives_way(unknown_gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention_cuda._kernel_bwd
+
+    def wrong(*args: Any, **how: Any) -> tuple[Tensor, ...]:
+        dq, *rest = right(*args, **how)
+        return dq * 1.001, *rest
+
+    monkeypatch.setattr(attention_cuda, "_kernel_bwd", wrong)
+    leaves = qkv(requires_grad=True)
+    o, _, _ = op.forward_cuda(*leaves, *arguments(scale=8**-0.5))  # as `auto` calls it
+    with pytest.warns(first_use.KernelMismatchWarning, match="D8 backward 7 of do is WRONG"):
+        grads = torch.autograd.grad(o.sum(), leaves)
+    want = torch.autograd.grad(reference.attention(*leaves).sum(), leaves)
+    for x, y in zip(grads, want, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_backends_do_not_share_verdicts(unknown_gpu: Device) -> None:

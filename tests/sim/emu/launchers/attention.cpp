@@ -95,6 +95,7 @@ FASTATTN_EMU_LAUNCHER(attention_weights) {
   return attention_weights(p, nullptr).error;
 }
 
+#ifdef FASTATTN_EMU_BACKWARD  // programs of the forward alone do not link its kernels
 FASTATTN_EMU_LAUNCHER(attention_backward) {
   AttentionParams p = params(c);
   const auto given = [&](const char* name) {
@@ -130,5 +131,6 @@ FASTATTN_EMU_LAUNCHER(attention_backward) {
   g.dq_sums = c.data<float>("dq_sums");
   return attention_backward(p, g, nullptr).error;
 }
+#endif
 
 }  // namespace fastattn::cuda
