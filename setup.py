@@ -170,6 +170,7 @@ setup(
                 "csrc/bindings/attention.cpp",
                 "csrc/bindings/layernorm.cpp",
                 "csrc/bindings/layernorm_ffn.cpp",
+                "csrc/bindings/linear_cross_entropy.cpp",
                 "csrc/cpu/isa.cpp",
                 "csrc/cpu/scratch.cpp",
                 "csrc/cpu/attention.cpp",

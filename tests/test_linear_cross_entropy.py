@@ -61,6 +61,41 @@ def test_values_and_gradients(reduction: str, smoothing: float, dtype: torch.dty
                     label_smoothing=smoothing))  # fmt: skip
 
 
+@pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_float32_weight_beside_16_bits(dtype: torch.dtype) -> None:
+    """Products are x's; the gradient keeps float32's digits where the weight does."""
+    tensors, kwargs = call(7, 13, dtype=dtype)
+    same = run(fastattn, tensors, kwargs)
+    tensors["weight"] = tensors["weight"].float()
+    got = judge(tensors, kwargs)
+    torch.testing.assert_close(got["dweight"].to(dtype), same["dweight"])
+    assert torch.equal(got["dx"], same["dx"])
+
+
+def test_autocast() -> None:
+    tensors, kwargs = call(7, 13)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(fastattn, tensors, kwargs)
+    tensors["x"] = tensors["x"].bfloat16()
+    want = run(fastattn, tensors, kwargs)
+    assert got["dx"].dtype == got["dweight"].dtype == torch.float32
+    for name, x in want.items():
+        assert torch.equal(got[name], x.float())
+
+
+def test_rows_of_a_chunk_by_torch() -> None:
+    """What other devices run in place of the kernel agrees with it."""
+    logits, bias, target = torch.randn(21, 77) * 3, torch.randn(77), torch.randint(77, (21,))
+    scale = torch.rand(21)
+    for need, smoothing, given in ((0, 0.1, None), (7, 0.1, scale), (7, 0.0, None)):
+        ours, theirs = logits.clone(), logits.clone()
+        loss, db = op._rows(ours, bias, target, given, 0.5, smoothing, need)
+        loss2, db2 = op._rows_by_torch(theirs, bias, target, given, 0.5, smoothing, need)
+        for a, b in ((loss, loss2), (db, db2), (ours, theirs)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_ignored_rows_have_no_part(reduction: str) -> None:
     tensors, kwargs = call(60, ignore_index=3, reduction=reduction)
@@ -170,6 +205,8 @@ def test_no_buffer_of_tokens_by_vocabulary() -> None:
     [
         ({"weight": torch.ones(9, 7)}, ValueError, ("weight", "(3, 8)", "(9, 7)")),
         ({"weight": torch.ones(9, 8).half()}, TypeError, ("weight", "float32", "float16")),
+        ({"target": torch.tensor([0, 9, 1])}, RuntimeError, ("target", "[0, 9)", "got 9")),
+        ({"target": torch.tensor([0, -1, 1])}, RuntimeError, ("target", "[0, 9)", "got -1")),
         ({"target": torch.ones(3)}, TypeError, ("target", "int64", "float32")),
         ({"target": torch.ones(4).long()}, ValueError, ("target", "(3,)", "(4,)", "(3, 8)")),
         ({"bias": torch.ones(8)}, ValueError, ("bias", "(9,)", "(8,)")),

@@ -16,3 +16,20 @@ Isa current_isa();
 bool force_isa(Isa isa);
 
 }  // namespace fastattn
+
+// The body of an entry point: its namesake in the namespace of the instruction set in use.
+#if defined(__x86_64__)
+#define FASTATTN_DISPATCH(call) \
+  switch (current_isa()) {      \
+    case Isa::kAmx:             \
+      return amx::call;         \
+    case Isa::kAvx512:          \
+      return avx512::call;      \
+    case Isa::kAvx2:            \
+      return avx2::call;        \
+    default:                    \
+      return portable::call;    \
+  }
+#else
+#define FASTATTN_DISPATCH(call) return portable::call
+#endif

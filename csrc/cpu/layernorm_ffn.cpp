@@ -1,24 +1,9 @@
 #include "layernorm_ffn.h"
 
 #include "isa.h"
+#include "linear_cross_entropy.h"
 
 namespace fastattn {
-
-#if defined(__x86_64__)
-#define FASTATTN_DISPATCH(call) \
-  switch (current_isa()) {      \
-    case Isa::kAmx:             \
-      return amx::call;         \
-    case Isa::kAvx512:          \
-      return avx512::call;      \
-    case Isa::kAvx2:            \
-      return avx2::call;        \
-    default:                    \
-      return portable::call;    \
-  }
-#else
-#define FASTATTN_DISPATCH(call) return portable::call
-#endif
 
 void norm_forward(const NormParams& p, const Parallel& parallel) {
   FASTATTN_DISPATCH(norm_forward(p, parallel));
@@ -35,6 +20,10 @@ void act_backward(const ActGrads& p, const Parallel& parallel) {
 bool ffn_serves(const FfnParams& p) { FASTATTN_DISPATCH(ffn_serves(p)); }
 void ffn_forward(const FfnParams& p, const Parallel& parallel) {
   FASTATTN_DISPATCH(ffn_forward(p, parallel));
+}
+
+void cross_entropy(const CrossEntropyParams& p, const Parallel& parallel) {
+  FASTATTN_DISPATCH(cross_entropy(p, parallel));
 }
 
 }  // namespace fastattn

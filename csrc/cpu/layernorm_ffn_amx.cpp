@@ -1,7 +1,7 @@
 #define FASTATTN_ISA amx
 #define FASTATTN_LEVEL 3
 #if defined(__x86_64__)
-#include "layernorm_ffn.h"
+#include "linear_cross_entropy.h"
 #include "target_begin.h"
 
 #include "layernorm_ffn_isa.h"

@@ -1,7 +1,7 @@
 #define FASTATTN_ISA portable
 #define FASTATTN_LEVEL 0
 
-#include "layernorm_ffn.h"
+#include "linear_cross_entropy.h"
 #include "target_begin.h"
 
 #include "layernorm_ffn_isa.h"

@@ -2,12 +2,12 @@
 the (tokens, vocabulary) logits.
 
 Rows whose target is ignored are dropped before the GEMM. The rest go by in chunks of at most
-``_CHUNK`` bytes of logits. With a scalar loss a chunk gives its part of the gradients at once, so
-there are three GEMMs as in plain PyTorch and nothing of the logits is kept: the backward multiplies
-by the upstream scalar. Without reduction the upstream gradient is a number a row, known only in the
-backward, which therefore forms the logits again from 4 saved bytes a row (four GEMMs).
-
-Everything is torch's own ops in place on the chunk, so it runs on every device.
+``_CHUNK`` bytes of logits: a GEMM, one pass that turns logits into losses and their gradient in
+place (csrc/cpu/cross_entropy_rows.h; on other devices torch's ops), and two GEMMs from there. With
+a scalar loss this happens in the forward, so there are three GEMMs as in plain PyTorch and nothing
+of the logits is kept: the backward multiplies by the upstream scalar. Without reduction the
+upstream gradient is a number a row, known only in the backward, which forms the logits again (four
+GEMMs).
 
 N rows kept, D features, V vocabulary. FLOPs 6 N D V; bytes beyond the operands: a chunk, dx, dW.
 """
@@ -33,7 +33,7 @@ from fastattn.ops.attention_checks import fail
 from fastattn.ops.layernorm_op import lib
 
 _NAME = "linear_cross_entropy"
-_CHUNK = 32 << 20  # bytes of fp32 logits: they stay in a large L3
+_CHUNK = 32 << 20  # bytes of logits: they stay in a large L3
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _NAMES = {code: name for name, code in _REDUCTIONS.items()}
 _DX, _DW, _DB = 1, 2, 4
@@ -43,115 +43,130 @@ _NUMBERS = "int ignore_index, float label_smoothing, int reduction, int need"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 lib.define(
     f"linear_cross_entropy_fwd({_TENSORS}, {_NUMBERS})"
-    " -> (Tensor loss, Tensor lse, Tensor dx, Tensor dweight, Tensor dbias)",
+    " -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
     tags=_TAGS,
 )
 lib.define(
-    f"linear_cross_entropy_bwd(Tensor dloss, {_TENSORS}, Tensor lse, {_NUMBERS})"
+    f"linear_cross_entropy_bwd(Tensor dloss, {_TENSORS}, {_NUMBERS})"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     tags=_TAGS,
 )
+lib.define(
+    "cross_entropy_(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor? scale, float share, "
+    "float label_smoothing, int need) -> (Tensor loss, Tensor dbias)"
+)
 _fwd = torch.ops.fastattn.linear_cross_entropy_fwd.default
 _bwd = torch.ops.fastattn.linear_cross_entropy_bwd.default
+_rows = torch.ops.fastattn.cross_entropy_.default
 
 
-class _Sums:
-    """The gradients, filled chunk by chunk; dweight and dbias are summed in fp32."""
+def _rows_by_torch(
+    logits: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor | None, share: float,
+    label_smoothing: float, need: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The losses of rows of logits, the sum of their gradients for bias, and with ``need`` the
+    gradient in place of the logits: ``scale`` (default: ``share`` in every row) times
+    ``softmax - (1 - label_smoothing) onehot - label_smoothing / V``."""
+    p = logits.float()
+    if bias is not None:
+        p = p + bias
+    lse = p.logsumexp(1)
+    right = p.gather(1, target[:, None]).squeeze(1)
+    loss = (1.0 - label_smoothing) * (lse - right)
+    if label_smoothing:
+        loss += label_smoothing * (lse - p.mean(1))
+    nothing = p.new_empty(0)
+    if not need:
+        return loss, nothing
+    if scale is None:
+        scale = torch.full_like(lse, share)
+    p = (p - lse[:, None]).exp_().mul_(scale[:, None])
+    if label_smoothing:
+        p.sub_((scale * (label_smoothing / p.shape[1]))[:, None])
+    p.scatter_add_(1, target[:, None], (-(1.0 - label_smoothing) * scale)[:, None])
+    logits.copy_(p)
+    return loss, p.sum(0) if bias is not None and need & _DB else nothing
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, need: int) -> None:
-        wide: dict[str, Any] = {"dtype": torch.float32}
-        rows = x.shape[0]
-        self.dx = x.new_zeros((rows, x.shape[1]) if need & _DX else (0,))
-        self.dw = weight.new_zeros(weight.shape if need & _DW else (0,), **wide)
-        some = bias is not None and need & _DB
-        self.db = weight.new_zeros((weight.shape[0],) if some else (0,), **wide)
-        self.weight, self.bias = weight, bias
 
-    def add(self, at: Tensor | slice, x: Tensor, dlogits: Tensor) -> None:
-        """dlogits (n, V) fp32, of the rows `at`."""
-        if self.db.numel():
-            self.db += dlogits.sum(0)
-        d = dlogits.to(x.dtype)
+class _Pass:
+    """Chunk by chunk over the rows that count; what it adds up of weight and bias is fp32."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int,
+        smoothing: float, need: int,
+    ) -> None:  # fmt: skip
+        self.x, self.bias, self.smoothing, self.need = x, bias, smoothing, need
+        self.weight, self.w = weight, weight.to(x.dtype)
+        self.kept = (target != ignore_index).nonzero().squeeze(1)
+        self.target = target[self.kept]
+        self.losses = x.new_zeros(x.shape[0], dtype=torch.float32)
+        self.dx = x.new_zeros(x.shape if need & _DX else (0,))
+        self.dw, self.db = self.losses.new_empty(0), self.losses.new_empty(0)
+
+    def run(self, scale: Tensor | None, share: float) -> None:
+        n, vocabulary = self.kept.numel(), self.w.shape[0]
+        step = max(16, _CHUNK // (self.x.element_size() * max(vocabulary, 1)))
+        logits = self.x.new_empty((min(n, step), vocabulary))
+        for i in range(0, n, step):
+            at = self.kept[i : i + step]
+            rows, here = self.x[at], logits[: at.numel()]
+            torch.mm(rows, self.w.t(), out=here)
+            of_rows = None if scale is None else scale[at].float()
+            self.losses[at], db = _rows(
+                here, self.bias, self.target[i : i + step], of_rows, share, self.smoothing,
+                self.need,
+            )  # fmt: skip
+            if self.need:
+                self._add(at, rows, here, db)
+
+    def _add(self, at: Tensor, rows: Tensor, d: Tensor, db: Tensor) -> None:
+        first = not self.dw.numel()
+        if db.numel():
+            self.db = self.db + db if self.db.numel() else db
         if self.dx.numel():
-            self.dx[at] = d @ self.weight
-        if self.dw.numel():
-            if x.dtype == torch.float32:
-                self.dw.addmm_(d.t(), x)
-            else:
-                self.dw += d.t() @ x
+            self.dx[at] = d @ self.w
+        if not self.need & _DW:
+            return
+        if first:
+            self.dw = (d.t() @ rows).float()
+        elif rows.dtype == torch.float32:
+            self.dw.addmm_(d.t(), rows)
+        else:
+            self.dw += d.t() @ rows
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        db = self.db if self.bias is None or not self.db.numel() else self.db.to(self.bias.dtype)
-        dw = self.dw.to(self.weight.dtype) if self.dw.numel() else self.dw
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        need, bias, weight = self.need, self.bias, self.weight
+        dw, db = self.dw, self.db
+        if need & _DW:
+            dw = dw.to(weight.dtype) if dw.numel() else torch.zeros_like(weight)
+        if bias is not None and need & _DB:
+            db = db.to(bias.dtype) if db.numel() else torch.zeros_like(bias)
         return self.dx, dw, db
-
-
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = (x @ weight.t()).float()
-    return logits if bias is None else logits.add_(bias)
-
-
-def _to_gradient(
-    p: Tensor, target: Tensor, scale: Tensor, smoothing: float, total: Tensor
-) -> Tensor:
-    """exp(logits - shift), in place, to scale * (softmax - (1 - s) onehot - s / V)."""
-    p.mul_((scale / total)[:, None])
-    if smoothing:
-        p.sub_((scale * (smoothing / p.shape[1]))[:, None])
-    return p.scatter_add_(1, target[:, None], (-(1.0 - smoothing) * scale)[:, None])
-
-
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    step = max(16, _CHUNK // (4 * max(vocabulary, 1)))
-    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 def _fwd_impl(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int,
     label_smoothing: float, reduction: int, need: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    kept = (target != ignore_index).nonzero().squeeze(1)
-    losses = weight.new_zeros(x.shape[0], dtype=torch.float32)
-    lse_of = torch.zeros_like(losses) if need and not reduction else losses.new_empty(0)
-    sums = _Sums(x, weight, bias, need if reduction else 0)
-    n = kept.numel()
-    share = 1.0 / max(n, 1) if reduction == 1 else 1.0
-    for part in _chunks(n, weight.shape[0]):
-        at = kept[part]
-        rows, t = x[at], target[at]
-        logits = _logits(rows, weight, bias)
-        right = logits.gather(1, t[:, None]).squeeze(1)
-        mean = logits.mean(1) if label_smoothing else right
-        top = logits.amax(1)
-        p = logits.sub_(top[:, None]).exp_()
-        total = p.sum(1)
-        lse = total.log() + top
-        losses[at] = (1.0 - label_smoothing) * (lse - right) + label_smoothing * (lse - mean)
-        if lse_of.numel():
-            lse_of[at] = lse
-        if need and reduction:
-            scale = torch.full_like(total, share)
-            sums.add(at, rows, _to_gradient(p, t, scale, label_smoothing, total))
+    need = need if reduction else 0
+    work = _Pass(x, weight, bias, target, ignore_index, label_smoothing, need)
+    n = work.kept.numel()
+    work.run(None, 1.0 / max(n, 1) if reduction == 1 else 1.0)
+    loss = work.losses
     if reduction:
-        loss = losses.sum()
+        loss = loss.sum()
         # The mean over no rows is NaN, as torch's.
-        losses = loss / n if reduction == 1 else loss
-    return losses, lse_of, *sums.results()
+        loss = loss / n if reduction == 1 else loss
+    return loss, *work.gradients()
 
 
 def _bwd_impl(
-    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor,
+    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     ignore_index: int, label_smoothing: float, reduction: int, need: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    kept = (target != ignore_index).nonzero().squeeze(1)
-    sums = _Sums(x, weight, bias, need)
-    for part in _chunks(kept.numel(), weight.shape[0]):
-        at = kept[part]
-        rows, t, scale = x[at], target[at], dloss[at].float()
-        p = _logits(rows, weight, bias).sub_(lse[at][:, None]).exp_()
-        gradient = _to_gradient(p, t, scale, label_smoothing, torch.ones_like(scale))
-        sums.add(at, rows, gradient)
-    return sums.results()
+    work = _Pass(x, weight, bias, target, ignore_index, label_smoothing, need)
+    work.run(dloss, 1.0)
+    return work.gradients()
 
 
 def _grads_fake(
@@ -173,33 +188,32 @@ def _fwd_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows = x.shape[0]
     loss = x.new_empty(() if reduction else (rows,), dtype=torch.float32)
-    lse = x.new_empty((rows if need and not reduction else 0,), dtype=torch.float32)
-    return loss, lse, *_grads_fake(x, weight, bias, need if reduction else 0)
+    return loss, *_grads_fake(x, weight, bias, need if reduction else 0)
 
 
-def _bwd_fake(dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-              lse: Tensor, ignore_index: int, label_smoothing: float, reduction: int, need: int,
-              ) -> tuple[Tensor, ...]:  # fmt: skip
+def _bwd_fake(
+    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    ignore_index: int, label_smoothing: float, reduction: int, need: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return _grads_fake(x, weight, bias, need)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.numbers = inputs[4:]
     ctx.set_materialize_grads(False)
-    _, lse, *grads = output
-    ctx.save_for_backward(*inputs[:4], lse, *grads)
+    ctx.save_for_backward(*inputs[:4], *output[1:])
 
 
 def _gradients(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of x, weight, bias."""
     if dloss is None:
         return None, None, None
-    x, weight, bias, target, lse, *grads = ctx.saved_tensors
+    x, weight, bias, target, *grads = ctx.saved_tensors
     *_, reduction, need = ctx.numbers
     if reduction:
         found = [g * dloss.to(g.dtype) for g in grads]
     else:
-        found = _bwd(dloss, x, weight, bias, target, lse, *ctx.numbers)
+        found = _bwd(dloss, x, weight, bias, target, *ctx.numbers)
     wanted = ctx.needs_input_grad[:3]  # while compiling `need` says more
     return tuple(
         g if need >> i & 1 and n else None
@@ -253,6 +267,7 @@ _Function = make_function("_LinearCrossEntropy", forward=_eager_forward, backwar
 for _key in ("CPU", "CUDA"):
     lib.impl("linear_cross_entropy_fwd", _fwd_impl, _key)
     lib.impl("linear_cross_entropy_bwd", _bwd_impl, _key)
+lib.impl("cross_entropy_", _rows_by_torch, "CUDA")
 torch.library.register_fake("fastattn::linear_cross_entropy_fwd", _fwd_fake, lib=lib)
 torch.library.register_fake("fastattn::linear_cross_entropy_bwd", _bwd_fake, lib=lib)
 torch.library.register_autograd(
@@ -274,12 +289,13 @@ def linear_cross_entropy(
     """``F.cross_entropy(F.linear(x, weight, bias), target)`` without the logits in memory.
 
     Rows whose target is ``ignore_index`` cost nothing: they are dropped before the GEMM. Losses
-    and the gradient of weight are summed in float32. What it saves is memory: in bfloat16 on the
-    CPU, with no row ignored, it takes longer than the two functions (measured: 1.6 times).
+    and the gradient of weight are summed in float32.
 
     Args:
         x: (*, D), float32, bfloat16, float16 or float64; any strides.
-        weight: (V, D) of x's dtype, as nn.Linear stores it. bias: (V,) of any float dtype, or None.
+        weight: (V, D) of x's dtype, as nn.Linear stores it, or float32 next to a 16-bit x: the
+            products are in x's dtype, the gradient is in float32. bias: (V,) of any float dtype,
+            or None.
         target: (*,) int64, in [0, V) or ``ignore_index``.
         ignore_index: target of rows that do not count. Default -100.
         label_smoothing: in [0, 1]; this share of the target is spread over all V classes.
@@ -290,7 +306,7 @@ def linear_cross_entropy(
         The loss, float32 (float64 for float64 inputs). The mean over no rows is NaN, as torch's.
 
     Saved for the backward: with a scalar loss the gradients themselves, which the forward makes
-    chunk by chunk where they are wanted; with "none" the inputs and 4 bytes a row.
+    chunk by chunk where they are wanted; with "none" the inputs.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
@@ -303,6 +319,7 @@ def linear_cross_entropy(
     >>> x.grad[0].abs().sum()
     tensor(0.)
     """
+    x, weight = _autocast(x, weight)
     _check(x, weight, target, bias)
     check.check_number(_NAME, "label_smoothing", label_smoothing)
     if label_smoothing > 1:
@@ -324,6 +341,18 @@ def linear_cross_entropy(
     return loss if code else loss.view(target.shape)
 
 
+def _autocast(x: Any, weight: Any) -> tuple[Any, Any]:
+    """Under autocast the products are in its dtype; a float32 weight stays, with its gradient."""
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.device.type == "meta":
+        return x, weight
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype not in check.FLOATS[:3]:
+        return x, weight
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if weight.dtype not in (torch.float32, dtype):
+        weight = weight.to(dtype)
+    return x.to(dtype), weight
+
+
 def _check(x: Any, weight: Any, target: Any, bias: Any) -> None:
     check.check_x(_NAME, x)
     for name, t in (("weight", weight), ("target", target)):
@@ -331,7 +360,8 @@ def _check(x: Any, weight: Any, target: Any, bias: Any) -> None:
             fail(_NAME, f"{name} must be a Tensor, got {type(t).__name__}", TypeError)
         if t.device != x.device:
             fail(_NAME, f"{name} must be on x's device {x.device}, got {t.device}")
-    if weight.dtype != x.dtype:
+    mixed = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    if weight.dtype != x.dtype and not mixed:
         fail(_NAME, f"weight must have x's dtype {x.dtype}, got {weight.dtype}", TypeError)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         fail(_NAME, f"weight must be (V, {x.shape[-1]}) to match x {tuple(x.shape)}, got "

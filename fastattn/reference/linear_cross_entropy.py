@@ -27,7 +27,7 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(x, w, torch.tensor([1, -100, 4])).shape
     torch.Size([])
     """
-    logits = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+    logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     wide = torch.promote_types(torch.float32, logits.dtype)
     loss = F.cross_entropy(
         logits.flatten(0, -2).to(wide), target.flatten(), ignore_index=ignore_index,
