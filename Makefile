@@ -7,6 +7,8 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.14.1
 ARGS   ?=
+# A core each, a file at a time; tests/conftest.py shares torch's threads out. make WORKERS= test: one
+WORKERS ?= -n auto --maxprocesses=4 --dist=loadfile
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -86,7 +88,8 @@ doctor: $(BUILD)
 
 test: $(BUILD)
 	@mkdir -p build
-	$(BIN)/python -m pytest --basetemp=build/pytest-tmp --ignore=tests/rungs --ignore=tests/sim $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) --basetemp=build/pytest-tmp --ignore=tests/rungs \
+	    --ignore=tests/sim $(ARGS)
 
 lint: $(BUILD)
 	$(BIN)/ruff check .

@@ -13,6 +13,13 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # read when torch is imp
 
 import torch
 
+# With several workers (pytest-xdist) each has its share of the cores, and so do its own processes.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
+    torch.set_num_threads(_THREADS)
+    os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+
 # `make test-gpu` says "cuda": the same tests then make their tensors there (gpu_report.py).
 DEVICE = os.environ.get("FASTATTN_TEST_DEVICE", "cpu")
 # The fused backends by device. A new one joins every feature test by its name.

@@ -28,6 +28,12 @@ void check_same_rows(const char* op, const Tensor& a, const char* a_name, const 
   STD_TORCH_CHECK(shape_of(a) == shape_of(b), "fastattn::", op, ": ", a_name, " must have ", b_name,
                   "'s shape ", text(b), ", got ", text(a));
 }
+void check_same_type(const char* op, const Tensor& a, const char* a_name, const Tensor& b,
+                     const char* b_name) {
+  check_same_rows(op, a, a_name, b, b_name);
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "fastattn::", op, ": ", a_name, " must have ",
+                  b_name, "'s dtype");
+}
 
 enum Keep : int64_t { kKeepStats = 1, kKeepSum = 2 };
 
@@ -124,7 +130,7 @@ Tensor bias_act_fwd(Tensor u, Opt bias, Opt gate, Opt gate_bias, Opt seed, int64
   p.M = u_rows.M(), p.u = u_rows.rows();
   std::optional<RowView> gate_rows;
   if (gate) {
-    check_same_rows(kAct, *gate, "gate", u, "x");
+    check_same_type(kAct, *gate, "gate", u, "x");
     gate_rows.emplace(kAct, *gate, p.N, "gate");
     p.g = gate_rows->rows();
   }
@@ -143,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bias_act_bwd(Tensor da, Tensor u, Opt
                                                         double dropout_p, int64_t need) {
   ActGrads g;
   g.N = u.size(-1);
-  check_same_rows(kAct, da, "the upstream gradient", u, "x");
+  check_same_type(kAct, da, "the upstream gradient", u, "x");
   const DType dtype = row_dtype(kAct, u, "x");
   Tensor du = need & kDu ? empty(shape_of(u), dtype) : nothing(dtype);
   Tensor dg = (need & kDgate) && gate ? empty(shape_of(u), dtype) : nothing(dtype);
@@ -158,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bias_act_bwd(Tensor da, Tensor u, Opt
     std::optional<RowView> gate_rows;
     g.M = u_rows.M(), g.u = u_rows.rows(), g.da = da_rows.rows();
     if (gate) {
+      check_same_type(kAct, *gate, "gate", u, "x");
       gate_rows.emplace(kAct, *gate, g.N, "gate");
       g.g = gate_rows->rows();
     }

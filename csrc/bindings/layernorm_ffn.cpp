@@ -2,7 +2,7 @@
 //
 // Which GEMM: the fused kernels of csrc/cpu where they beat the library's (few rows; bf16 on AMX
 // tiles), else aten::mm with the norm pass before, the act pass between and the norm pass behind.
-// The library's GEMM runs over kRows rows at a time, so that in inference the hidden layer is a
+// In inference the library's GEMM runs over kRows rows at a time, so that the hidden layer is a
 // scratch of kRows rows, warm in the caches, and never exists as a whole.
 //
 // The backward is five GEMMs of the library (gated eight) with the passes between them: dW sums
@@ -185,7 +185,10 @@ void by_kernel(const Call& c, FfnParams& p, const Saved& saved, const Tensor& y)
 
 void by_library(const Call& c, const Saved& saved, const Tensor& y) {
   const Parallel parallel = threads();
-  const int64_t step = std::min(c.M, kRows);
+  // Where the hidden layer is kept as a whole, cutting it only costs: the library packs the weights
+  // for every product.
+  const bool whole = saved.u.numel() || saved.a.numel();
+  const int64_t step = whole ? c.M : std::min(c.M, kRows);
   const std::optional<Tensor> plain = c.plain_x();
   const auto scratch = [&](const Tensor& kept, int64_t N) {
     return kept.numel() ? nothing() : empty({step, N}, c.dtype);
@@ -258,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_ffn
     p.b1 = c.b1_v, p.b_gate = c.b_gate_v, p.act = c.act, p.dropout = c.hidden;
     p.u = rows_of(saved.u, c.F, c.dtype), p.g = rows_of(saved.g, c.F, c.dtype);
     p.a = rows_of(saved.a, c.F, c.dtype);
-    if (ffn_serves(p))
+    if (ffn_serves(p, threads().threads))
       by_kernel(c, p, saved, y);
     else
       by_library(c, saved, y);

@@ -6,41 +6,69 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
+// Vectors of a row of N elements of T, the last of which may be a part of one. Reads are in whole
+// vectors where they fit, a part is zero beyond N.
+template <class T>
+FASTATTN_INLINE vf load_at(const T* row, int64_t t, int64_t N) {
+  return t + W <= N ? load(row + t) : load_part(row + t, N - t);
+}
+template <class T>
+FASTATTN_INLINE void store_at(T* row, int64_t t, int64_t N, vf x) {
+  if (t + W <= N) return store(row + t, x);
+  float part[W];
+  store(part, x);
+  narrow(part, N - t, row + t);
+}
+
+// bf16 is rounded to 2e-3 next.
+template <class T>
+inline constexpr Grade kGradeOf = std::is_same_v<T, bf16> ? Grade::kCoarse : Grade::kExact;
+
+// f(storage type) of matrices that all have it.
+template <class F>
+FASTATTN_INLINE void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kBf16:
+      return f(bf16{});
+    case DType::kF16:
+      return f(f16{});
+    default:
+      return f(float{});
+  }
+}
+
 class ActForward {
  public:
   explicit ActForward(const ActParams& params)
       : p(params), N(p.N), drop_(p.dropout.p, p.dropout.seed) {
-    const int64_t n = round_up(N, kPad);
     bias_ = read_vec(p.bias, N, bias_buf_);
     gate_bias_ = read_vec(p.gate_bias, N, gate_buf_);
-    u_.reserve(n), a_.reserve(n);
-    if (p.g.ptr) g_.reserve(n);
-    if (drop_.on) mask_.reserve(n);
+    if (drop_.on) mask_.reserve(round_up(N, kPad));
   }
 
-  template <Act kAct>
+  // u, g and a are of T.
+  template <Act kAct, class T>
   void row(int64_t m) {
-    const float* u = read_row(p.u, m, N, u_.data());
-    const float* gate = p.g.ptr ? read_row(p.g, m, N, g_.data()) : nullptr;
-    float* a = begin_row(p.a, m, N, a_.data());
+    const T* u = reinterpret_cast<const T*>(row_of(p.u, m));
+    const T* gate = p.g.ptr ? reinterpret_cast<const T*>(row_of(p.g, m)) : nullptr;
+    T* a = reinterpret_cast<T*>(row_of(p.a, m));
     if (drop_.on) drop_row(drop_, p.dropout, m, N, mask_.data());
     for (int64_t t = 0; t < N; t += W) {
-      vf up = load(u + t), y;
+      vf up = load_at(u, t, N), y;
       if (bias_) up += load(bias_ + t);
       if (gate) {
-        vf v = load(gate + t);
+        vf v = load_at(gate, t, N);
         if (gate_bias_) v += load(gate_bias_ + t);
-        y = activate<kAct>(v) * up;
+        y = activate<kAct, kGradeOf<T>>(v) * up;
       } else {
-        y = activate<kAct>(up);
+        y = activate<kAct, kGradeOf<T>>(up);
       }
       if (drop_.on) {
         const vf keep = load(mask_.data() + t);
         y = keep == vf{} ? vf{} : y * keep;
       }
-      store(a + t, y);
+      store_at(a, t, N, y);
     }
-    write_row(p.a, m, N, a);
   }
 
  private:
@@ -48,7 +76,7 @@ class ActForward {
   const int64_t N;
   const Dropout drop_;
   const float *bias_, *gate_bias_;
-  Buffer<float> bias_buf_, gate_buf_, u_, g_, a_, mask_;
+  Buffer<float> bias_buf_, gate_buf_, mask_;
 };
 
 class ActBackward {
@@ -57,56 +85,53 @@ class ActBackward {
 
   explicit ActBackward(const ActGrads& grads)
       : g(grads), N(g.N), drop_(g.dropout.p, g.dropout.seed) {
-    const int64_t n = round_up(N, kPad);
     bias_ = read_vec(g.bias, N, bias_buf_);
     gate_bias_ = read_vec(g.gate_bias, N, gate_buf_);
-    for (Buffer<float>* b : {&u_, &gate_, &da_, &du_, &dg_, &a_}) b->reserve(n);
-    if (drop_.on) mask_.reserve(n);
+    if (drop_.on) mask_.reserve(round_up(N, kPad));
   }
 
-  template <Act kAct>
+  // All matrices are of T. A result may lie over what it is made from: a vector is read before it
+  // is written.
+  template <Act kAct, class T>
   void row(int64_t m, float* dbias, float* dgate_bias) {
-    const float* u = read_row(g.u, m, N, u_.data());
-    const float* gate = g.g.ptr ? read_row(g.g, m, N, gate_.data()) : nullptr;
-    const float* da = read_row(g.da, m, N, da_.data());
-    // A result may overwrite what it is made from: every vector is read before it is written.
-    float* du = g.du.ptr ? begin_row(g.du, m, N, du_.data()) : du_.data();
-    float* dg = g.dg.ptr ? begin_row(g.dg, m, N, dg_.data()) : dg_.data();
-    float* a = g.a.ptr ? begin_row(g.a, m, N, a_.data()) : a_.data();
+    const T *u = at<T>(g.u, m), *gate = at<T>(g.g, m), *da = at<T>(g.da, m);
+    T *du = at<T>(g.du, m), *dg = at<T>(g.dg, m), *a = at<T>(g.a, m);
     if (drop_.on) drop_row(drop_, g.dropout, m, N, mask_.data());
     for (int64_t t = 0; t < N; t += W) {
-      vf up = load(u + t), d = load(da + t);
+      vf up = load_at(u, t, N), d = load_at(da, t, N);
       if (bias_) up += load(bias_ + t);
       const vf keep = drop_.on ? load(mask_.data() + t) : set1(1.f);
       if (drop_.on) d = keep == vf{} ? vf{} : d * keep;
       vf y, dup;
       if (gate) {
-        vf v = load(gate + t);
+        vf v = load_at(gate, t, N);
         if (gate_bias_) v += load(gate_bias_ + t);
-        const Value f = activate_grad<kAct>(v);
+        const Value f = activate_grad<kAct, kGradeOf<T>>(v);
         const vf dgate = d * up * f.dy;
-        store(dg + t, dgate);
+        if (dg) store_at(dg, t, N, dgate);
         if (g.dgate_bias) store(dgate_bias + t, load(dgate_bias + t) + dgate);
         y = f.y * up, dup = d * f.y;
       } else {
-        const Value f = activate_grad<kAct>(up);
+        const Value f = activate_grad<kAct, kGradeOf<T>>(up);
         y = f.y, dup = d * f.dy;
       }
-      store(du + t, dup);
+      if (du) store_at(du, t, N, dup);
       if (g.dbias) store(dbias + t, load(dbias + t) + dup);
-      if (g.a.ptr) store(a + t, drop_.on ? (keep == vf{} ? vf{} : y * keep) : y);
+      if (a) store_at(a, t, N, drop_.on ? (keep == vf{} ? vf{} : y * keep) : y);
     }
-    if (g.du.ptr) write_row(g.du, m, N, du);
-    if (gate && g.dg.ptr) write_row(g.dg, m, N, dg);
-    if (g.a.ptr) write_row(g.a, m, N, a);
   }
 
  private:
+  template <class T>
+  static T* at(const Rows& x, int64_t m) {
+    return x.ptr ? reinterpret_cast<T*>(row_of(x, m)) : nullptr;
+  }
+
   const ActGrads& g;
   const int64_t N;
   const Dropout drop_;
   const float *bias_, *gate_bias_;
-  Buffer<float> bias_buf_, gate_buf_, u_, gate_, da_, du_, dg_, a_, mask_;
+  Buffer<float> bias_buf_, gate_buf_, mask_;
 };
 
 void act_forward(const ActParams& p, const Parallel& parallel) {
@@ -115,10 +140,12 @@ void act_forward(const ActParams& p, const Parallel& parallel) {
   Queue queue(div_up(p.M, step));
   parallel.workers(workers_for(p.M * p.N, div_up(p.M, step), parallel), [&](int) FASTATTN_LAMBDA {
     ActForward pass(p);
-    with_act(p.act, [&](auto act) FASTATTN_LAMBDA {
-      for (int64_t item; queue.next(&item);)
-        for (int64_t m = item * step; m < std::min(p.M, (item + 1) * step); ++m)
-          pass.template row<decltype(act)::value>(m);
+    with_type(p.u.dtype, [&](auto item) FASTATTN_LAMBDA {
+      with_act(p.act, [&](auto act) FASTATTN_LAMBDA {
+        for (int64_t i; queue.next(&i);)
+          for (int64_t m = i * step; m < std::min(p.M, (i + 1) * step); ++m)
+            pass.template row<decltype(act)::value, decltype(item)>(m);
+      });
     });
   });
 }
@@ -130,13 +157,15 @@ void act_backward(const ActGrads& g, const Parallel& parallel) {
   Queue queue(blocks.count);
   parallel.workers(workers_for(g.M * g.N, blocks.count, parallel), [&](int) FASTATTN_LAMBDA {
     ActBackward pass(g);
-    with_act(g.act, [&](auto act) FASTATTN_LAMBDA {
-      for (int64_t b; queue.next(&b);) {
-        sums.clear(b);
-        for (int64_t m = b * blocks.rows; m < std::min(g.M, (b + 1) * blocks.rows); ++m)
-          pass.template row<decltype(act)::value>(m, sums.part(b, ActBackward::kDbias),
-                                                  sums.part(b, ActBackward::kDgateBias));
-      }
+    with_type(g.u.dtype, [&](auto item) FASTATTN_LAMBDA {
+      with_act(g.act, [&](auto act) FASTATTN_LAMBDA {
+        for (int64_t b; queue.next(&b);) {
+          sums.clear(b);
+          for (int64_t m = b * blocks.rows; m < std::min(g.M, (b + 1) * blocks.rows); ++m)
+            pass.template row<decltype(act)::value, decltype(item)>(
+                m, sums.part(b, ActBackward::kDbias), sums.part(b, ActBackward::kDgateBias));
+        }
+      });
     });
   });
   sums.total(ActBackward::kDbias, g.N, g.dbias);

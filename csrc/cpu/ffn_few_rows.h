@@ -44,11 +44,13 @@ class FewRows {
   }
 
  private:
+  // A worker's share is one stretch and the same in every call: it is read in order, and what of it
+  // fits the core's L2 is still there.
   template <class F>
   static void over(int64_t columns, int workers, const Parallel& parallel, F&& f) {
-    Queue queue(div_up(columns, kStep));
-    parallel.workers(workers, [&](int) FASTATTN_LAMBDA {
-      for (int64_t item; queue.next(&item);) f(item * kStep);
+    const int64_t items = div_up(columns, kStep);
+    parallel.workers(workers, [&](int w) FASTATTN_LAMBDA {
+      for (int64_t i = items * w / workers; i < items * (w + 1) / workers; ++i) f(i * kStep);
     });
   }
 
@@ -74,7 +76,7 @@ class FewRows {
     act.a = {a_.data() + n0, DType::kF32, Fp_};
     ActForward pass(act);
     with_act(p.act, [&](auto kind) FASTATTN_LAMBDA {
-      for (int64_t m = 0; m < p.M; ++m) pass.template row<decltype(kind)::value>(m);
+      for (int64_t m = 0; m < p.M; ++m) pass.template row<decltype(kind)::value, float>(m);
     });
     if (drop_.on) drop_hidden(n0, n);
     if (p.a.ptr)

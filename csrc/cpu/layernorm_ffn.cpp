@@ -17,7 +17,7 @@ void act_forward(const ActParams& p, const Parallel& parallel) {
 void act_backward(const ActGrads& p, const Parallel& parallel) {
   FASTATTN_DISPATCH(act_backward(p, parallel));
 }
-bool ffn_serves(const FfnParams& p) { FASTATTN_DISPATCH(ffn_serves(p)); }
+bool ffn_serves(const FfnParams& p, int threads) { FASTATTN_DISPATCH(ffn_serves(p, threads)); }
 void ffn_forward(const FfnParams& p, const Parallel& parallel) {
   FASTATTN_DISPATCH(ffn_forward(p, parallel));
 }

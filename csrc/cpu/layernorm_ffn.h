@@ -68,7 +68,7 @@ struct NormGrads {
   float *dweight = nullptr, *dshift = nullptr, *dbias = nullptr;  // (N,) results, may be null
 };
 
-struct ActParams {
+struct ActParams {  // u, g and a of one dtype
   int64_t M = 0, N = 0;
   Rows u, g;  // g present = gated
   Vec bias, gate_bias;
@@ -77,7 +77,7 @@ struct ActParams {
   Rows a;  // result
 };
 
-struct ActGrads {
+struct ActGrads {  // all matrices of one dtype
   int64_t M = 0, N = 0;
   Rows u, g, da;
   Vec bias, gate_bias;
@@ -105,9 +105,9 @@ void norm_backward(const NormGrads& p, const Parallel& parallel);
 void act_forward(const ActParams& p, const Parallel& parallel);
 void act_backward(const ActGrads& p, const Parallel& parallel);
 
-// Whether ffn_forward has a kernel that beats the library's GEMM for such a call on the
-// instruction set in use.
-bool ffn_serves(const FfnParams& p);
+// Whether ffn_forward has a kernel that beats the library's GEMM for such a call, on the
+// instruction set in use and with so many threads.
+bool ffn_serves(const FfnParams& p, int threads);
 void ffn_forward(const FfnParams& p, const Parallel& parallel);
 
 // One set of these in each instruction set's namespace; the functions above choose.
@@ -117,7 +117,7 @@ void ffn_forward(const FfnParams& p, const Parallel& parallel);
   void norm_backward(const NormGrads& p, const Parallel& parallel); \
   void act_forward(const ActParams& p, const Parallel& parallel);   \
   void act_backward(const ActGrads& p, const Parallel& parallel);   \
-  bool ffn_serves(const FfnParams& p);                              \
+  bool ffn_serves(const FfnParams& p, int threads);                 \
   void ffn_forward(const FfnParams& p, const Parallel& parallel);   \
   }
 FASTATTN_DECLARE_ISA(portable)

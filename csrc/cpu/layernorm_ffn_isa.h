@@ -9,23 +9,36 @@
 #include "bias_act.h"
 #include "cross_entropy_rows.h"
 #include "ffn_few_rows.h"
+#include "ffn_blocks.h"
+#include "ffn_panels.h"
 #include "ffn_tiles.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-bool ffn_serves(const FfnParams& p) {
+// A kernel that cuts rows alone wants a panel of them for every thread; the library cuts columns.
+inline bool blocks_serve(const FfnParams& p, int threads) { return p.M >= 32 * int64_t(threads); }
+
+bool ffn_serves(const FfnParams& p, int threads) {
 #if FASTATTN_LEVEL >= 3
   // Saving the hidden layer means transposing it, which many rows do not pay for.
   const bool saves = p.u.ptr || p.a.ptr;
-  if (ffn_tiles_serve(p) && !(saves && p.M > 256)) return true;
+  if (TileProducts::serve(p) && blocks_serve(p, threads) && !(saves && p.M > 256)) return true;
+#endif
+#if FASTATTN_LEVEL >= 2
+  if (PanelProducts::serve(p) && blocks_serve(p, threads)) return true;
 #endif
   return p.M <= few_rows(false);
 }
 
 void ffn_forward(const FfnParams& p, const Parallel& parallel) {
 #if FASTATTN_LEVEL >= 3
-  if (ffn_tiles_serve(p) && p.M > few_rows(true)) return ffn_tiles(p, parallel);
+  if (TileProducts::serve(p) && p.M > few_rows(true))
+    return ffn_by_blocks<TileProducts>(p, parallel);
+#endif
+#if FASTATTN_LEVEL >= 2
+  if (PanelProducts::serve(p) && p.M > few_rows(false))
+    return ffn_by_blocks<PanelProducts>(p, parallel);
 #endif
   ffn_few_rows(p, parallel);
 }

@@ -60,9 +60,8 @@ inline float* begin_row(const Rows& x, int64_t m, int64_t n, float* scratch) {
   return scratch;
 }
 
-inline void write_row(const Rows& x, int64_t m, int64_t n, const float* src) {
-  char* dst = row_of(x, m);
-  switch (x.dtype) {
+inline void narrow_to(DType dtype, const float* src, int64_t n, char* dst) {
+  switch (dtype) {
     case DType::kBf16:
       return narrow(src, n, reinterpret_cast<bf16*>(dst));
     case DType::kF16:
@@ -70,6 +69,10 @@ inline void write_row(const Rows& x, int64_t m, int64_t n, const float* src) {
     default:
       if (reinterpret_cast<const char*>(src) != dst) std::memcpy(dst, src, size_t(n) * 4);
   }
+}
+
+inline void write_row(const Rows& x, int64_t m, int64_t n, const float* src) {
+  narrow_to(x.dtype, src, n, row_of(x, m));
 }
 
 // A vector as a padded fp32 row; null where it is absent.
