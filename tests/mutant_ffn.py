@@ -12,17 +12,19 @@ import numpy as np
 from mutant import nested
 
 _INTS = ("M", "N", "F", "norm", "act", "seed", "threads")
-_DOUBLES = ("eps", "dropout_p")
+_DOUBLES = ("eps", "dropout_p", "smoothing")
 _POINTERS = (
     "x", "residual", "bias", "weight", "shift", "y", "s", "mean", "rstd", "dy", "dsum", "ds", "dx",
     "dweight", "dshift", "dbias", "u", "g", "b1", "b_gate", "a", "da", "du", "dg", "db1", "db_gate",
-    "a_again", "w1", "w_gate", "w2", "ffn_y", "ffn_u", "ffn_a",
+    "a_again", "w1", "w_gate", "w2", "ffn_y", "ffn_u", "ffn_a", "scale", "target", "loss",
+    "dlogits", "dclass_bias",
 )  # fmt: skip
 # A result -> the argument whose shape it has.
 RESULTS = {
     "y": "x", "s": "x", "ds": "x", "dx": "x", "dweight": "weight", "dshift": "shift",
     "dbias": "bias", "a": "u", "du": "u", "dg": "g", "db1": "b1", "db_gate": "b_gate",
     "a_again": "u", "ffn_y": "x", "ffn_u": "u", "ffn_a": "u",
+    "loss": "scale", "dlogits": "u", "dclass_bias": "b1",
 }  # fmt: skip
 
 
@@ -39,6 +41,7 @@ class MutantFfn(ctypes.Structure):
 def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One case: every result by its name in RESULTS, NaN where nothing was written."""
     out = {n: np.full_like(case[like], np.nan) for n, like in RESULTS.items() if like in case}
+    out["dlogits"] = case["u"].copy()
     stats = {n: np.full(int(case["M"]), np.nan, np.float32) for n in ("mean", "rstd")}
     call = MutantFfn()
     for n in (*_INTS, *_DOUBLES):

@@ -10,11 +10,14 @@ using namespace fastattn;
 // Everything is 8 bytes wide. Null = absent. mutant_ffn.py holds the same list.
 struct MutantFfn {
   int64_t M, N, F, norm, act, seed, threads;
-  double eps, dropout_p;
+  double eps, dropout_p, smoothing;
   float *x, *residual, *bias, *weight, *shift, *y, *s, *mean, *rstd;        // norm pass
   float *dy, *dsum, *ds, *dx, *dweight, *dshift, *dbias;                    // and its backward
   float *u, *g, *b1, *b_gate, *a, *da, *du, *dg, *db1, *db_gate, *a_again;  // act pass (M, F)
   float *w1, *w_gate, *w2, *ffn_y, *ffn_u, *ffn_a;                          // all of it
+  float* scale;     // (M,), of the cross-entropy of u + b1
+  int64_t* target;  // (M,)
+  float *loss, *dlogits, *dclass_bias;
 };
 
 Rows rows(float* p, int64_t n) { return {p, DType::kF32, n}; }
@@ -67,5 +70,11 @@ extern "C" __attribute__((visibility("default"))) int mutant_ffn_run(const Mutan
   f.w1 = rows(c.w1, c.N), f.w_gate = rows(c.w_gate, c.N), f.w2 = rows(c.w2, c.F);
   f.b1 = a.bias, f.b_gate = a.gate_bias, f.u = rows(c.ffn_u, c.F), f.a = rows(c.ffn_a, c.F);
   portable::ffn_forward(f, parallel);
+
+  CrossEntropyParams e;
+  e.M = c.M, e.V = c.F, e.logits = rows(c.dlogits, c.F), e.bias = vec(c.b1), e.target = c.target;
+  e.smoothing = float(c.smoothing), e.loss = c.loss, e.gradient = true, e.scale = c.scale;
+  e.dbias = c.dclass_bias;
+  portable::cross_entropy(e, parallel);
   return 0;
 }

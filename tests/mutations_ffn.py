@@ -5,6 +5,7 @@ from mutations import Mutation
 
 ROWS, NORM, ACT = "rows.h", "layernorm_rows.h", "bias_act.h"
 ACTIVATION, FEW, PHILOX = "activation.h", "ffn_few_rows.h", "philox.h"
+LOSS = "cross_entropy_rows.h"
 
 MUTATIONS = (
     # ---- statistics
@@ -46,9 +47,12 @@ MUTATIONS = (
              "std::min(g.M, (b + 1) * blocks.rows) - (b > 0); ++m)"
              " pass.row(m, sums.part(b, NormBackward::kDweight)"),
     # ---- act pass
-    Mutation("gate_and_up_swapped", ACT, "activate<kAct>(v) * up", "activate<kAct>(up) * v"),
+    Mutation("gate_and_up_swapped", ACT, "activate<kAct, kGradeOf<T>>(v) * up",
+             "activate<kAct, kGradeOf<T>>(up) * v"),
     Mutation("gate_bias_forgotten", ACT, "if (gate_bias_) v += load(gate_bias_ + t);"
-             " y = activate<kAct>(v) * up;", "y = activate<kAct>(v) * up;"),
+             " y = activate<kAct, kGradeOf<T>>(v) * up;",
+             "y = activate<kAct, kGradeOf<T>>(v) * up;"),
+    Mutation("tail_of_a_row_not_written", ACT, "narrow(part, N - t, row + t);", ""),
     Mutation("hidden_dropout_not_in_backward", ACT, "if (drop_.on) d = keep == vf{} ? vf{} : d"
              " * keep;", ""),
     Mutation("dgate_without_up", ACT, "d * up * f.dy", "d * f.dy"),
@@ -72,6 +76,18 @@ MUTATIONS = (
              "drop_.row(i >> 32, i, 0,"),
     Mutation("b1_of_first_columns", FEW, "const Vec b1 = from(p.b1, n0)",
              "const Vec b1 = from(p.b1, 0)"),
+    # ---- cross-entropy
+    Mutation("loss_about_no_maximum", LOSS, "const float lse = at.top + std::log(sum)",
+             "const float lse = std::log(sum)"),
+    Mutation("class_bias_forgotten", LOSS, "if (bias_) store(l + t, v = v + load(bias_ + t));", ""),
+    Mutation("smoothing_over_padding", LOSS, "total += first_lanes(load(l + t), V - t);",
+             "total += load(l + t) == set1(kNegInf) ? vf{} : load(l + t) * 1.01f;"),
+    Mutation("target_not_taken_off", LOSS, "l[p.target[m]] -= scale * (1.f - p.smoothing);", ""),
+    Mutation("smoothing_not_in_gradient", LOSS, "load(l + t) * factor - less",
+             "load(l + t) * factor"),
+    Mutation("every_row_has_the_first_scale", LOSS, "p.scale ? p.scale[m]", "p.scale ? p.scale[0]"),
+    Mutation("end_of_a_row_counted", LOSS, "std::fill(l + V, l + round_up(V, kPad), kNegInf);",
+             "std::fill(l + V, l + round_up(V, kPad), 0.f);"),
     # ---- dropout
     Mutation("sites_share_a_mask", PHILOX, "c.word[2][l] = uint32_t(bh), c.word[3][l] = site;",
              "c.word[2][l] = uint32_t(bh), c.word[3][l] = 0;"),

@@ -14,6 +14,7 @@ import mutant_ffn
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mutations import Mutation
 from mutations_ffn import MUTATIONS
 from test_mutations import CPU, HERE, JOBS, build, mutate
@@ -46,7 +47,7 @@ class Case:
         shapes = {
             "x": (m, n), "residual": (m, n), "bias": (n,), "weight": (n,), "shift": (n,),
             "dy": (m, n), "dsum": (m, n), "u": (m, f), "b1": (f,), "da": (m, f), "w1": (f, n),
-            "w2": (n, f),
+            "w2": (n, f), "scale": (m,),
         }  # fmt: skip
         if spec.get("gated"):
             shapes |= {"g": (m, f), "b_gate": (f,), "w_gate": (f, n)}
@@ -56,6 +57,7 @@ class Case:
         for k in ("w1", "w2", "w_gate"):
             if k in shapes:
                 self.tensors[k] *= shapes[k][1] ** -0.5
+        self.target = torch.randint(f, (m,))
         with one_thread():
             self.right = self.results(torch.float64)
             self.plain = [self.results(torch.float32), self.results(torch.float32, turned=True)]
@@ -64,9 +66,10 @@ class Case:
         numbers = {
             "M": m, "N": n, "F": f, "norm": NORMS[spec["norm"]], "act": ACTIVATIONS[spec["act"]],
             "seed": 2**40 + 7, "threads": 3, "eps": self.spec["eps"],
-            "dropout_p": self.spec["dropout_p"],
+            "dropout_p": self.spec["dropout_p"], "smoothing": 0.125,
         }  # fmt: skip
         self.arrays = {k: x.numpy() for k, x in self.tensors.items()}
+        self.arrays["target"] = self.target.numpy()
         self.arrays |= {k: np.asarray(x) for k, x in numbers.items()}
 
     def results(self, dtype: torch.dtype, turned: bool = False) -> dict[str, Tensor]:
@@ -109,8 +112,17 @@ class Case:
         names = ("u", "b1", *(("g", "b_gate") if gate is not None else ()))
         grads = torch.autograd.grad(a, [t[k] for k in names], self.tensors["da"].to(dtype))
         out |= dict(zip(("du", "db1", "dg", "db_gate"), grads, strict=False))
+        logits = t["u"] + t["b1"]
+        loss = F.cross_entropy(logits, self.target, label_smoothing=0.125, reduction="none")
+        grads = torch.autograd.grad(loss, (t["u"], t["b1"]), t["scale"].detach())
+        out |= {"loss": loss, "dlogits": grads[0], "dclass_bias": grads[1]}
         if turned:
-            for total, of in (("dshift", upstream[0]), ("dbias", out["dx"]), ("db1", out["du"])):
+            for total, of in (
+                ("dshift", upstream[0]),
+                ("dbias", out["dx"]),
+                ("db1", out["du"]),
+                ("dclass_bias", out["dlogits"]),
+            ):
                 out[total] = of.flip(0).cumsum(0)[-1]
         return {k: x.detach() for k, x in out.items()}
 
