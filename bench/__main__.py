@@ -52,6 +52,17 @@ def memory(backend: str) -> list[dict[str, Any]]:
     return rows
 
 
+def layernorm_ffn(rounds: int) -> list[dict[str, Any]]:
+    """The rows of bench/layernorm_ffn.py, torch.compile beside them."""
+    path = OUT / "layernorm_ffn.json"
+    command = ["--compile", f"--rounds={rounds}", "--json", str(path)]
+    subprocess.run(
+        [sys.executable, "-m", "bench.layernorm_ffn", *command], check=True, cwd=HERE.parent
+    )
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--backend", default="auto")
@@ -59,20 +70,30 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=400, help="of the sweep")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="only rewrite RESULTS.md")
+    parser.add_argument("--only", choices=["attention", "layernorm_ffn"], help="measure one, keep "
+                        "what the last run found of the other")  # fmt: skip
     args = parser.parse_args()
-    if args.report:
-        report.write(json.loads((OUT / "attention.json").read_text()), HERE / "RESULTS.md")
-        return
     OUT.mkdir(exist_ok=True)
     if args.quick:
         args.rounds, args.shapes = 5, 30
-    result = {
-        "environment": environment(),
-        "timed": timed(args.backend, args.rounds),
-        "memory": memory(args.backend),
-        "sweep": sweep(args.shapes, args.backend),
-    }
-    (OUT / "attention.json").write_text(json.dumps(result, indent=1))
+    last = OUT / "results.json"
+    keep = args.report or args.only
+    result: dict[str, Any] = json.loads(last.read_text()) if keep and last.exists() else {}
+    if not args.report and args.only != "layernorm_ffn":
+        result |= {
+            "environment": environment(),
+            "timed": timed(args.backend, args.rounds),
+            "memory": memory(args.backend),
+            "sweep": sweep(args.shapes, args.backend),
+        }
+    if not args.report and args.only != "attention":
+        result["layernorm_ffn"] = {
+            "environment": environment(),
+            "rows": layernorm_ffn(args.rounds),
+        }
+    if "timed" not in result or "layernorm_ffn" not in result:
+        sys.exit("bench: the other part was never measured here; run without --only first")
+    last.write_text(json.dumps(result, indent=1))
     target = OUT / "RESULTS.md" if args.quick else HERE / "RESULTS.md"
     report.write(result, target)
     print(report.summary(result))

@@ -75,7 +75,7 @@ def demo(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo-out" / "demo.json")
-    parser.add_argument("--bench", type=Path, default=ROOT / "bench" / "out" / "attention.json")
+    parser.add_argument("--bench", type=Path, default=ROOT / "bench" / "out" / "results.json")
     args = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
