@@ -29,7 +29,7 @@ FFN_HEAD = """
 Baseline: the same in plain PyTorch, eager; *compiled* is `torch.compile` of it. All run
 interleaved in one process; a ratio is the median of its time over fastattn's, with its quartiles.
 *Of gemm*: the time of the bare matrix products of the same shapes (results into warm memory,
-nothing between them) over fastattn's. A row passes at its target ratio or at 90 % of those products.
+nothing between them) over fastattn's. A row passes at its ratio or at 90 % of those products.
 """
 
 
