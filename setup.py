@@ -20,6 +20,7 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
+BINDINGS = ROOT / "csrc" / "bindings"
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 import toolkit  # noqa: E402
 
@@ -133,7 +134,7 @@ def cuda_extension(found: "toolkit.Toolkit") -> Extension:
         "fastattn._C_cuda",
         [
             "csrc/bindings/module.cpp",
-            "csrc/bindings/attention_cuda.cpp",
+            *sorted(str(p.relative_to(ROOT)) for p in BINDINGS.glob("*_cuda.cpp")),
             *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu")),
         ],
         include_dirs=[str(p) for p in found.headers],

@@ -20,6 +20,9 @@ explicit backend that cannot serve a call raises; ``auto`` takes the next one th
 |                 | reference       |                                                              |
 | other           | reference       | plain PyTorch runs wherever torch does                       |
 
+``layernorm_ffn`` takes CUDA C++ first, on every NVIDIA GPU, where a call is narrow enough for the
+whole block in one kernel to pay (:func:`ffn_block_pays`), and never otherwise.
+
 GPU kernels check themselves at first use (fastattn.first_use); none was timed on hardware yet, so
 the order is arithmetic. fp64 and head_dim above 256 go to plain PyTorch, with one warning, as does
 everything on GPUs before compute capability 8.0.
@@ -64,6 +67,8 @@ _AUTO: dict[str, tuple[str, ...]] = {
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
 _GPU_OPS = ("attention", "attention_varlen")  # what they have kernels of, up to now
+_CUDA_OPS = (*_GPU_OPS, "layernorm_ffn")
+_FFN_MAX_WIDTH = 256  # columns of x and y that the CUDA C++ kernel of layernorm_ffn serves
 
 # The oldest driver of each CUDA runtime's generation (CUDA's "minor version compatibility": within
 # a major version any runtime works with any driver). The wheel's PTX wants the same one, as long as
@@ -268,7 +273,7 @@ def _why_not(
         if dtype not in _KERNEL_DTYPES:
             return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
         return None
-    if op not in _GPU_OPS:
+    if op not in (_CUDA_OPS if backend == "cuda" else _GPU_OPS):
         return f"it has no kernel of {op}"
     if backend == "triton":
         missing = _triton_missing()
@@ -294,6 +299,8 @@ def _why_not(
             return missing
         if not _new_enough():
             return "the CUDA kernels need a GPU of compute capability 8.0 or later"
+    if op == "layernorm_ffn":
+        return _why_not_the_ffn(dtype, head_dim)
     return _why_not_the_values(dtype, head_dim)
 
 
@@ -302,6 +309,17 @@ def _why_not_the_values(dtype: torch.dtype, head_dim: int) -> str | None:
         return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
     if head_dim > _GPU_MAX_HEAD_DIM:
         return f"it supports head_dim up to {_GPU_MAX_HEAD_DIM}, got {head_dim}"
+    return None
+
+
+def _why_not_the_ffn(dtype: torch.dtype, width: int) -> str | None:
+    if dtype not in _KERNEL_DTYPES:
+        return f"it supports float32, bfloat16 and float16, got x.dtype {dtype}"
+    if width > _FFN_MAX_WIDTH:
+        return (
+            f"its kernel holds whole rows on chip, up to {_FFN_MAX_WIDTH} columns of x and of y, "
+            f"got {width}"
+        )
     return None
 
 
@@ -330,6 +348,43 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int
     return chosen
 
 
+def select_layernorm_ffn(
+    backend: str, device: str, dtype: torch.dtype, rows: int, width: int, training: bool
+) -> str:
+    """The backend of a call of layernorm_ffn with that many rows, and columns of x or y; ``auto``
+    takes the CUDA C++ kernel, the whole block in one, where :func:`ffn_block_pays`."""
+    if backend != "auto" or device != "cuda":
+        return select("layernorm_ffn", backend, device, dtype, width)
+    pays = ffn_block_pays(rows, width, training)
+    name = f"layernorm_ffn, block {pays}"
+    compiling = torch.compiler.is_compiling()
+    chosen = None if compiling else _chosen.get((name, backend, device, dtype))
+    if chosen is None:
+        others = tuple(b for b in _order(device, dtype) if b != "cuda")
+        order = ("cuda", *others) if pays else others
+        chosen = _select("layernorm_ffn", backend, device, dtype, width, order)
+        if not compiling:
+            _chosen[name, backend, device, dtype] = chosen
+    return chosen
+
+
+def ffn_block_pays(rows: int, width: int, training: bool) -> bool:
+    """Whether layernorm_ffn in one kernel beats GEMMs with passes between, by arithmetic alone (no
+    GPU has timed it yet).
+
+    A hidden unit of a row is 4 D FLOPs either way; GEMMs move 4 elements of it through memory, u
+    and a written and read. At 16 bit on an A100 (312 TFLOP/s, 1.56 TB/s; the kernel at half of
+    the peak, as a B fragment serves 16 rows alone, GEMMs of depth 256 at two thirds) and D = 256
+    that is 6.6 ps against 4.9 + 5.1 ps; on an H100 (989, 3.35; mma.sync reaches 0.6 of wgmma) 3.5
+    against 1.6 + 2.4 ps. Its backward, which makes u again in each of its passes, has 8 products
+    where GEMMs have 4, to save 8 elements: 26 ps against 10 + 10 at D = 256, 13 against 5 + 10 at
+    128. Few rows are a matter of launches and of reading the weights: one or two instead of five.
+    """
+    if width > _FFN_MAX_WIDTH:
+        return False
+    return not training or width <= _FFN_MAX_WIDTH // 2 or rows <= 128
+
+
 _chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
 
 
@@ -346,7 +401,14 @@ def _order(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     return _AUTO.get(device, ("reference",))
 
 
-def _select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> str:
+def _select(
+    op: str,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int = 0,
+    order: tuple[str, ...] | None = None,
+) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
     if backend != "auto":
@@ -354,7 +416,7 @@ def _select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: in
         if why is not None:
             raise ValueError(f"fastattn::{op}: backend={backend!r} cannot serve this call: {why}")
         return backend
-    for candidate in _order(device, dtype):
+    for candidate in _order(device, dtype) if order is None else order:
         why = _why_not(op, candidate, device, dtype, head_dim)
         if why is None:
             break

@@ -50,7 +50,9 @@ SHIPPED_LAYERS = {
     ),
     "layernorm_ffn": (
         "csrc/cpu/layernorm_ffn.cpp",
+        "csrc/cuda/layernorm_ffn_fwd.cu",
         "csrc/bindings/layernorm_ffn.cpp",
+        "csrc/bindings/layernorm_ffn_cuda.cpp",
         "fastattn/ops/layernorm_ffn.py",
         "fastattn/nn/layernorm_ffn.py",
         "fastattn/reference/layernorm_ffn.py",

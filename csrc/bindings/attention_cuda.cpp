@@ -7,10 +7,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <string>
 #include <tuple>
 
 #include "../cuda/attention.h"
 #include "attention_args.h"
+#include "device.h"
 #include "stand_in.h"
 
 namespace {
@@ -23,14 +25,6 @@ using fastattn::cuda::BiasGrad;
 using fastattn::cuda::Integers;
 using fastattn::cuda::Launch;
 using namespace fastattn::binding;
-
-struct Device {
-  explicit Device(const Tensor& x) : index(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
-  }
-  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
-  int32_t type = 0, index = 0;
-};
 
 // The parameters of the launches, and what keeps their pointers alive until they are made.
 struct Call {
@@ -67,11 +61,7 @@ struct Call {
 
   auto allocator() const {
     return [device = device](const Shape& shape, const Shape& strides, int32_t dtype) {
-      AtenTensorHandle handle = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
-                                                             strides.data(), dtype, device.type,
-                                                             device.index, &handle));
-      return Tensor(handle);
+      return empty_on(device, shape, strides, dtype);
     };
   }
 
@@ -116,12 +106,8 @@ struct Call {
 };
 
 void check(const Launch& made, const AttentionParams& p, const char* op = "fwd") {
-  if (made.error == cudaSuccess) return;
-  cudaGetLastError();  // else the next launch would report this one's
-  STD_TORCH_CHECK(false, "fastattn::attention_cuda_", op, ": ", cudaGetErrorName(made.error), " (",
-                  cudaGetErrorString(made.error), ") from ", made.kernel, ", grid ", made.grid,
-                  ", block ", made.block, ", ", made.shared, " bytes of shared memory, B ", p.B,
-                  " H ", p.H, " Sq ", p.Sq, " Sk ", p.Sk, " D ", p.D, " Dv ", p.Dv);
+  check_launch(made, (std::string("attention_cuda_") + op).c_str(), "B ", p.B, " H ", p.H, " Sq ",
+               p.Sq, " Sk ", p.Sk, " D ", p.D, " Dv ", p.Dv);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(

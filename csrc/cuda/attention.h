@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "../operands.h"
+#include "variant.h"
 
 namespace fastattn::cuda {
 
@@ -75,23 +76,6 @@ struct AttentionGrads {
   // Scratch (B, H, Sq, D) or (H, Tq, D), zeroed by the caller: dq (and kRows, kShared) by atomics,
   // two products less and no bitwise repeatability. Null = no atomics. Wants dq and dk or dv.
   float* dq_sums = nullptr;
-};
-
-// What was launched, for the message where it fails.
-struct Launch {
-  cudaError_t error = cudaSuccess;
-  const char* kernel = "";
-  unsigned grid = 0, block = 0, shared = 0;  // shared: dynamic bytes a block
-};
-
-// What was compiled: for budgets and benches.
-struct VariantInfo {
-  const char* kernel;
-  DType dtype;
-  int head_dim;  // the widest it serves
-  bool laden;    // serves every feature, not scale, causal, window, lengths and sinks alone
-  int rows, keys, threads, shared;
-  bool atomics = false;  // of two that are alike otherwise, the one that adds dq up by atomics
 };
 
 // The widest head dim that the kernels serve.

@@ -1,8 +1,8 @@
 // One launch of one compiled variant of a kernel, for launchers that choose theirs from a table.
 #pragma once
 
-#include "attention.h"
 #include "platform.cuh"
+#include "variant.h"
 
 namespace fastattn::cuda {
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.ops.attention_op import Shared, recording
+from fastattn.ops import _guard
+from fastattn.ops._eager import recording
+from fastattn.ops.attention_op import Shared
 
 # Several tiles of every configuration, with a partial one; two heads of a group.
 _B, _SQ, _SK = 2, 150, 170
@@ -147,24 +149,6 @@ class SmallCall:
         return result
 
 
-def _wrong(found: dict[str, Tensor], right: dict[str, Tensor], plain: dict[str, Tensor]) -> str:
-    """What differs by more than four times the rounding of plain PyTorch in the same dtype; ''."""
-    complaints = []
-    for name, x in found.items():
-        r = right[name]
-        got, low = x.detach().cpu().double(), plain[name].double()
-        finite = r.isfinite()
-        if not torch.equal(got.isfinite(), finite):
-            complaints.append(f"{name} is not finite where it should be, or the reverse")
-            continue
-        size = r[finite].norm() + 1e-30
-        error = float((got - r)[finite].norm() / size)
-        allowed = 4 * float((low - r)[finite].norm() / size) + 1e-6
-        if not error <= allowed:
-            complaints.append(f"{name} is off by {error:.1e}, {allowed:.1e} allowed")
-    return "; ".join(complaints)
-
-
 def check_forward(forward: Any, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> str | None:
     """Run ``forward`` (a backend's, with the op's arguments) on a small call; what is wrong, or
     None."""
@@ -172,7 +156,7 @@ def check_forward(forward: Any, q: Tensor, k: Tensor, v: Tensor, shared: Shared)
     o, lse, _, w = forward(*small.arguments())
     found = {"o": o, "lse": lse} | ({"weights": w} if shared.weights else {})
     right, plain = (small.by_reference(dtype, {}) for dtype in (torch.float64, q.dtype))
-    return _wrong(found, right, plain) or None
+    return _guard.differences(found, right, plain) or None
 
 
 def check_backward(
@@ -208,4 +192,4 @@ def check_backward(
         for i, (name, x) in enumerate(zip(_NAMES, results, strict=True))
         if need >> i & 1 and name in right
     }
-    return _wrong(found, right, plain) or None
+    return _guard.differences(found, right, plain) or None

@@ -7,9 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastattn.backends import select
+from fastattn.backends import select_layernorm_ffn
 from fastattn.ops import layernorm_checks as check
+from fastattn.ops import layernorm_ffn_cuda  # noqa: F401  registers implementations
 from fastattn.ops import layernorm_ffn_op as op
+from fastattn.ops._eager import wants_grad
+from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import fail, seed_tensor
 from fastattn.ops.layernorm import _ACTIVATIONS, Activation, NormName
 from fastattn.ops.layernorm_op import NORMS
@@ -64,7 +67,8 @@ def layernorm_ffn(
         dropout_p: of the result, before the residual. hidden_dropout_p: of the hidden layer.
         seed: int or 1-element int64 tensor that fixes both masks; None draws one from torch.
         recompute: what the backward computes again instead of reading it, see below.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "cuda" or "reference". "cuda" is one kernel for the whole block, for
+            up to 256 columns of x and y; it never writes the hidden layer to memory.
 
     Returns:
         (*, D) in x's dtype, contiguous.
@@ -78,7 +82,7 @@ def layernorm_ffn(
 
     The activation is kept only if w2 wants a gradient, the pre-activation only if a gradient runs
     through it; nothing is computed for frozen inputs and parameters. Under ``torch.compile`` both
-    are kept, whatever is frozen.
+    are kept, whatever is frozen. With backend "cuda" every ``recompute`` is ``"all"``.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
@@ -126,9 +130,13 @@ def layernorm_ffn(
     )
     again = check.check_choice(_NAME, "recompute", recompute, op.RECOMPUTE)
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate, norm_weight, norm_bias)
-    if select(_NAME, backend, x.device.type, x.dtype) == "reference":
+    rows, width = x.numel() // columns, max(columns, w2.shape[0])
+    training = wants_grad(*inputs)
+    chosen = select_layernorm_ffn(backend, x.device.type, x.dtype, rows, width, training)
+    if chosen == "reference":
         return op.by_reference(inputs, seed, numbers)
-    return op.forward(inputs, seed, numbers, again)
+    with as_named(backend, chosen):
+        return op.forward(inputs, seed, numbers, again, chosen)
 
 
 def _check_weights(x: Any, w1: Any, w2: Any, w_gate: Any, residual: bool) -> None:

@@ -1,7 +1,9 @@
 """The torch.library ops beneath ``fastattn.layernorm_ffn``: schema, fake, autograd.
 
-The CPU kernels are in csrc/bindings/layernorm_ffn.cpp. What the forward saves follows from
-``recompute`` and from what needs a gradient: see :func:`save_flags`.
+The CPU kernels are in csrc/bindings/layernorm_ffn.cpp; ``layernorm_ffn_cuda_*`` are the same ops
+on the CUDA C++ kernels (layernorm_ffn_cuda.py). What the forward saves follows from ``recompute``
+and from what needs a gradient: see :func:`save_flags`. The CUDA C++ kernels never write the hidden
+layer to memory: there every ``recompute`` is "all", and u, g and a are empty.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from fastattn.ops._eager import (
     below_autograd,
     differentiable_gradients,
     make_function,
+    recording,
     transformed,
     wants_grad,
 )
-from fastattn.ops.layernorm_op import ACTIVATION_NAMES, NORM_NAMES, lib
+from fastattn.ops.layernorm_op import ACTIVATION_NAMES, NORM_NAMES, NORMS, lib
 
 _TENSORS = (
     "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? w_gate, Tensor? b_gate, "
@@ -30,19 +33,31 @@ _NUMBERS = (
     "float hidden_dropout_p"
 )
 _N_INPUTS, _N_TENSORS, _N_NUMBERS = 9, 10, 7
+_SUFFIXES = {"cpu": "", "cuda": "_cuda"}
+_SAVE_NOTHING_HIDDEN = ("cuda",)
+for _suffix in _SUFFIXES.values():
+    lib.define(
+        f"layernorm_ffn{_suffix}_fwd({_TENSORS}, {_NUMBERS}, int save) -> (Tensor y, Tensor s, "
+        "Tensor mean, Tensor rstd, Tensor u, Tensor g, Tensor a)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    lib.define(
+        f"layernorm_ffn{_suffix}_bwd(Tensor dy, {_TENSORS}, Tensor s, Tensor mean, Tensor rstd, "
+        f"Tensor u, Tensor g, Tensor a, {_NUMBERS}, int need) -> (Tensor dx, Tensor dw1, "
+        "Tensor db1, Tensor dw2, Tensor db2, Tensor dw_gate, Tensor db_gate, Tensor dnorm_weight, "
+        "Tensor dnorm_bias)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+# What layernorm_ffn_cuda_fwd and _bwd run once their first-use checks allow it; not for callers.
 lib.define(
-    f"layernorm_ffn_fwd({_TENSORS}, {_NUMBERS}, int save) -> (Tensor y, Tensor s, Tensor mean, "
-    "Tensor rstd, Tensor u, Tensor g, Tensor a)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"layernorm_ffn_cuda_kernel_fwd({_TENSORS}, {_NUMBERS}, int save) -> (Tensor y, Tensor s, "
+    "Tensor mean, Tensor rstd, Tensor u, Tensor g, Tensor a)"
 )
 lib.define(
-    f"layernorm_ffn_bwd(Tensor dy, {_TENSORS}, Tensor s, Tensor mean, Tensor rstd, Tensor u, "
-    f"Tensor g, Tensor a, {_NUMBERS}, int need) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, "
-    "Tensor db2, Tensor dw_gate, Tensor db_gate, Tensor dnorm_weight, Tensor dnorm_bias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"layernorm_ffn_cuda_kernel_bwd(Tensor dy, {_TENSORS}, Tensor s, Tensor mean, Tensor rstd, "
+    f"{_NUMBERS}, int need) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
+    "Tensor dw_gate, Tensor db_gate, Tensor dnorm_weight, Tensor dnorm_bias)"
 )
-_fwd = torch.ops.fastattn.layernorm_ffn_fwd.default
-_bwd = torch.ops.fastattn.layernorm_ffn_bwd.default
 
 # Bits of `need`, in the order of the inputs and of the gradients.
 _DX, _DW1, _DB1, _DW2, _DB2, _DWG, _DBG, _DNW, _DNB = (1 << i for i in range(_N_INPUTS))
@@ -119,44 +134,62 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.save_for_backward(*inputs[:_N_TENSORS], *output[1:])
 
 
-def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * _N_INPUTS
-    need = ctx.need
-    grads = _bwd(dy, *ctx.saved_tensors, *ctx.numbers, need)
-    return tuple(g if need >> i & 1 else None for i, g in enumerate(grads))
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.need = _need(ctx.needs_input_grad[:_N_INPUTS])
     _remember(ctx, inputs, output)
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return (*_gradients(ctx, dy), *(None,) * (2 + _N_NUMBERS))
+class _Ops:
+    """One backend's pair of ops: fake, autograd for the compilers, autograd for eager."""
+
+    def __init__(self, suffix: str) -> None:
+        self.fwd, self.bwd = (
+            getattr(torch.ops.fastattn, f"layernorm_ffn{suffix}_{way}").default
+            for way in ("fwd", "bwd")
+        )
+        self.function = make_function(
+            "_LayerNormFFN", forward=self._eager_forward, backward=self._eager_backward
+        )
+        name = f"fastattn::layernorm_ffn{suffix}"
+        torch.library.register_fake(f"{name}_fwd", _fwd_fake, lib=lib)
+        torch.library.register_fake(f"{name}_bwd", _bwd_fake, lib=lib)
+        torch.library.register_autograd(
+            f"{name}_fwd", self._backward, setup_context=_setup, lib=lib
+        )
+
+    def _gradients(self, ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * _N_INPUTS
+        need = ctx.need
+        grads = self.bwd(dy, *ctx.saved_tensors, *ctx.numbers, need)
+        return tuple(g if need >> i & 1 else None for i, g in enumerate(grads))
+
+    def _backward(self, ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return (*self._gradients(ctx, dy), *(None,) * (2 + _N_NUMBERS))
+
+    def _eager_forward(self, ctx: Any, *args: Any) -> Tensor:
+        *inputs, (seed, numbers, recompute) = args
+        ctx.need = need = _need(ctx.needs_input_grad[:_N_INPUTS])
+        save = save_flags(need, numbers, inputs[5] is not None, recompute)
+        every = (*inputs, seed, *numbers, save)
+        output = below_autograd(self.fwd, every)
+        _remember(ctx, every, output)
+        return output[0]  # type: ignore[no-any-return]
+
+    def _eager_backward(self, ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is None or not torch.is_grad_enabled():
+            return (*self._gradients(ctx, dy), None)
+        *inputs, seed = ctx.saved_tensors[:_N_TENSORS]
+        needs = tuple(bool(ctx.need >> i & 1) for i in range(_N_INPUTS))
+
+        def formula(*tensors: Tensor | None) -> tuple[Tensor]:
+            return (by_reference(tensors, seed, ctx.numbers),)
+
+        return (*differentiable_gradients(formula, tuple(inputs), needs, (dy,)), None)
 
 
-def _eager_forward(ctx: Any, *args: Any) -> Tensor:
-    *inputs, (seed, numbers, recompute) = args
-    ctx.need = need = _need(ctx.needs_input_grad[:_N_INPUTS])
-    save = save_flags(need, numbers, inputs[5] is not None, recompute)
-    every = (*inputs, seed, *numbers, save)
-    output = below_autograd(_fwd, every)
-    _remember(ctx, every, output)
-    return output[0]  # type: ignore[no-any-return]
-
-
-def _eager_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-    if dy is None or not torch.is_grad_enabled():
-        return (*_gradients(ctx, dy), None)
-    *inputs, seed = ctx.saved_tensors[:_N_TENSORS]
-    needs = tuple(bool(ctx.need >> i & 1) for i in range(_N_INPUTS))
-
-    def formula(*tensors: Tensor | None) -> tuple[Tensor]:
-        return (by_reference(tensors, seed, ctx.numbers),)
-
-    return (*differentiable_gradients(formula, tuple(inputs), needs, (dy,)), None)
+_OPS = {backend: _Ops(suffix) for backend, suffix in _SUFFIXES.items()}
 
 
 def by_reference(inputs: tuple[Any, ...], seed: Tensor | None, n: Numbers) -> Tensor:
@@ -169,28 +202,65 @@ def by_reference(inputs: tuple[Any, ...], seed: Tensor | None, n: Numbers) -> Te
     )  # fmt: skip
 
 
-_Function = make_function("_LayerNormFFN", forward=_eager_forward, backward=_eager_backward)
+def forward_by_reference(
+    inputs: tuple[Any, ...], seed: Tensor | None, n: Numbers, save: int
+) -> tuple[Tensor, ...]:
+    """The results of ``layernorm_ffn_cuda_fwd``, by plain PyTorch."""
+    x, w1 = inputs[:2]
+    y = by_reference(inputs, seed, n)
+    s = x.new_empty((0,))
+    mean = rstd = x.new_empty((0,), dtype=torch.float32)
+    if save & SAVE_STATS and n.norm:
+        of = x
+        if not n.pre_norm:
+            of = s = by_reference((*inputs[:7], None, None), seed, n._replace(norm=0))
+        rows = of.reshape(-1, of.shape[-1]).double()
+        if n.norm == NORMS["layer"]:
+            mean = rows.mean(-1)
+            rows = rows - mean[:, None]
+            mean = mean.float()
+        rstd = (rows.square().mean(-1) + n.eps).rsqrt().float()
+    u, g, a = w1.new_empty((3, 0)).unbind()
+    return y.contiguous(), s.contiguous(), mean.clone(), rstd.clone(), u, g, a
+
+
+def backward_by_reference(
+    dy: Tensor, inputs: tuple[Any, ...], seed: Tensor | None, n: Numbers, need: int
+) -> tuple[Tensor, ...]:
+    """The results of ``layernorm_ffn_cuda_bwd``, by plain PyTorch."""
+    needs = tuple(bool(need >> i & 1) for i in range(_N_INPUTS))
+    with recording():
+        leaves = tuple(
+            x.detach().requires_grad_() if k and x is not None else x
+            for x, k in zip(inputs, needs, strict=True)
+        )
+        wanted = [x for x, k in zip(leaves, needs, strict=True) if k and x is not None]
+        found = iter(torch.autograd.grad(by_reference(leaves, seed, n), wanted, dy))
+    return tuple(
+        next(found).contiguous() if k and x is not None else dy.new_empty((0,), dtype=torch.float32)
+        for x, k in zip(inputs, needs, strict=True)
+    )
 
 
 def forward(
-    inputs: tuple[Any, ...], seed: Tensor | None, numbers: Numbers, recompute: int
+    inputs: tuple[Any, ...],
+    seed: Tensor | None,
+    numbers: Numbers,
+    recompute: int,
+    backend: str = "cpu",
 ) -> Tensor:
-    """By the kernels, with autograd; inputs: x, w1, b1, w2, b2, w_gate, b_gate, norm_weight,
-    norm_bias."""
+    """By a backend's kernels, with autograd; inputs: x, w1, b1, w2, b2, w_gate, b_gate,
+    norm_weight, norm_bias."""
+    ops = _OPS[backend]
+    if backend in _SAVE_NOTHING_HIDDEN:
+        recompute = RECOMPUTE["all"]
     if torch.compiler.is_compiling():
         # Which inputs need a gradient is not known to an op while compiling.
         save = save_flags(511, numbers, inputs[5] is not None, recompute)
         save = save if wants_grad(*inputs) else 0
-        return _fwd(*inputs, seed, *numbers, save)[0]  # type: ignore[no-any-return]
+        return ops.fwd(*inputs, seed, *numbers, save)[0]  # type: ignore[no-any-return]
     if transformed():
         return by_reference(inputs, seed, numbers)
     if wants_grad(*inputs):
-        return _Function.apply(*inputs, (seed, numbers, recompute))  # type: ignore[no-any-return]
-    return below_autograd(_fwd, (*inputs, seed, *numbers, 0))[0]  # type: ignore[no-any-return]
-
-
-torch.library.register_fake("fastattn::layernorm_ffn_fwd", _fwd_fake, lib=lib)
-torch.library.register_fake("fastattn::layernorm_ffn_bwd", _bwd_fake, lib=lib)
-torch.library.register_autograd(
-    "fastattn::layernorm_ffn_fwd", _backward, setup_context=_setup, lib=lib
-)
+        return ops.function.apply(*inputs, (seed, numbers, recompute))  # type: ignore[no-any-return]
+    return below_autograd(ops.fwd, (*inputs, seed, *numbers, 0))[0]  # type: ignore[no-any-return]

@@ -41,10 +41,10 @@ _ELEMENTS = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 _DTYPES = {0: "fp32", 1: "bf16", 2: "fp16"}  # csrc/operands.h
 # Of a Config<element, head dim[, laden[, atomics]]>, of an element, or no template.
 _KERNEL = re.compile(
-    r"\d(attention_\w+?_kernel)"
+    r"\d((?:attention|layernorm_ffn)_\w+?_kernel)"
     r"(?:INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?(?:Lb(\d)E)?|I(f|6__half|13__nv_bfloat16)E)?"
 )
-_NO_PRODUCT = ("prepare", "dsinks", "dq")
+_NO_PRODUCT = ("prepare", "dsinks", "dq", "end", "sum")
 
 
 def shipped() -> Any:
@@ -104,7 +104,8 @@ def variants() -> dict[str, dict[str, Any]]:
     from .kernels import module
 
     cuda = module().cuda
-    tables = ("attention_forward", "attention_weights", "attention_backward")
+    tables = ("attention_forward", "attention_weights", "attention_backward",
+              "layernorm_ffn_forward", "layernorm_ffn_backward")  # fmt: skip
     found = {}
     for v in (x for table in tables for x in getattr(cuda, f"{table}_variants")()):
         name = _name(v["kernel"], _DTYPES[v["dtype"]], v["head_dim"], v["laden"], v["atomics"])

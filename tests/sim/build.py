@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -47,6 +48,9 @@ CXX_FLAGS = (
 )
 
 
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
 class BuildError(RuntimeError):
     """A compiler said no; its words follow."""
 
@@ -54,14 +58,14 @@ class BuildError(RuntimeError):
 def operators() -> Path:
     """The shared library that registers the CUDA ops' kernels under torch's CPU key."""
     libraries = [f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib", "-ltorch_cpu"]
-    return _link("operators", [binding(), *cuda_objects(), stand_in()], libraries)
+    return _link("operators", [*bindings(), *cuda_objects(), stand_in()], libraries)
 
 
-def binding() -> Path:
-    """The CUDA ops' binding, for CPU tensors."""
+def bindings(op: str = "*") -> list[Path]:
+    """The CUDA ops' bindings, or that of one op, for CPU tensors."""
     flags = ("-DFASTATTN_STAND_IN", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    source = CSRC / "bindings" / "attention_cuda.cpp"
-    return _object(source, (*flags, f"-isystem{TORCH}/include"))
+    sources = sorted((CSRC / "bindings").glob(f"{op}_cuda.cpp"))
+    return [_object(source, (*flags, f"-isystem{TORCH}/include")) for source in sources]
 
 
 def kernels() -> Path:
@@ -78,7 +82,7 @@ def _cpu_objects() -> list[Path]:
     """The CPU's kernels: those that setup.py compiled last, unless a source is newer. Compiling
     every instruction set anew takes a minute."""
     sources = sorted((CSRC / "cpu").glob("*.cpp"))
-    newest = max(p.stat().st_mtime for p in (*sources, *headers(sources[0])))
+    newest = max(p.stat().st_mtime for s in sources for p in (s, *headers(s)))
     for folder in (ROOT / "build").glob("temp.*/fastattn._C/csrc/cpu"):
         objects = [folder / f"{source.stem}.o" for source in sources]
         if all(p.exists() and p.stat().st_mtime > newest for p in objects):
@@ -197,10 +201,17 @@ def _compile(
 
 
 def headers(source: Path) -> list[Path]:
-    """What a source may include: a kernel's own folder's, and what lies above; others include
-    anything. tests/test_architecture.py holds the kernels to that."""
-    if source.parent.name in ("cpu", "cuda"):
-        folders = (*source.parent.glob("*"), *source.parent.parent.glob("*"))
-    else:
-        folders = tuple(CSRC.rglob("*"))
-    return sorted(p for p in folders if p.suffix in (".h", ".cuh"))
+    """What a kernel's source includes, however far down; others include anything of csrc.
+    tests/test_architecture.py holds the kernels to their own folder and what lies above."""
+    if source.parent.name not in ("cpu", "cuda"):
+        return sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        path = left.pop()
+        for name in _INCLUDE.findall(path.read_text()):
+            header = (path.parent / name).resolve()
+            if header.exists() and header not in found:
+                found.add(header)
+                left.append(header)
+    return sorted(found)

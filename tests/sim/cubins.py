@@ -19,11 +19,11 @@ from .budget import ARCHS, BudgetError, variant, variants
 _RUNS = {"sm_86": "sm_80", "sm_89": "sm_80"}
 EVERY = tuple(sorted((*ARCHS, *_RUNS), key=lambda arch: int(arch.removeprefix("sm_"))))
 _WANTED = re.compile(r" bf16 d(64|128) ")
-_RARE = re.compile(r"bwd_(shared|weights)_|atomics")
+_RARE = re.compile(r"^(?!attention)|bwd_(shared|weights)_|atomics")
 
 
 def write(folder: Path, archs: Iterable[str]) -> int:
-    """The bf16 kernels of the usual head dims, without features; how many entries the list has."""
+    """Attention's bf16 kernels of the usual head dims, without features; how many they are."""
     folder.mkdir(parents=True, exist_ok=True)
     table = {n: v for n, v in variants().items() if _WANTED.search(n) and not _RARE.search(n)}
     with_plain = {v["kernel"] for v in table.values() if not v["laden"]}
@@ -35,7 +35,7 @@ def write(folder: Path, archs: Iterable[str]) -> int:
 
 def _entries(folder: Path, arch: str, table: dict[str, Any]) -> list[dict[str, Any]]:
     found, built = {}, _RUNS.get(arch, arch)
-    for source in sorted((build.CSRC / "cuda").glob("*.cu")):
+    for source in sorted((build.CSRC / "cuda").glob("attention*.cu")):
         cubin = f"{source.stem}.{built}.cubin"
         shutil.copyfile(build.cubin(source, built), folder / cubin)
         for function in _functions(folder / cubin):

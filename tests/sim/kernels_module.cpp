@@ -9,6 +9,7 @@
 #include "../../csrc/cpu/attention.h"
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/cuda/attention.h"
+#include "../../csrc/cuda/layernorm_ffn.h"
 
 namespace py = pybind11;
 using namespace fastattn;
@@ -185,6 +186,10 @@ void cuda_(py::module_ m) {
   m.def("attention_backward_variants", [] { return listed(cuda::attention_backward_variants); });
   m.def("attention_forward_variants", [] { return listed(cuda::attention_forward_variants); });
   m.def("attention_weights_variants", [] { return listed(cuda::attention_weights_variants); });
+  m.def("layernorm_ffn_forward_variants",
+        [] { return listed(cuda::layernorm_ffn_forward_variants); });
+  m.def("layernorm_ffn_backward_variants",
+        [] { return listed(cuda::layernorm_ffn_backward_variants); });
   m.def("error_name", [](int error) { return cudaGetErrorName(cudaError_t(error)); });
   m.def("error_text", [](int error) { return cudaGetErrorString(cudaError_t(error)); });
 }

@@ -25,10 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ffn_tools import Call, ffn
+from ffn_tools import judge as judge_ffn
 from rungs.mutants import mutate
 from tools import Problem, featured, judge, packed, padded
 
-from . import build
+import fastattn
+
+from . import build, mutations_ffn
 from .mutations import (
     BF16,
     BIAS,
@@ -41,8 +45,9 @@ from .mutations import (
     Variant,
 )
 from .mutations_backward import BACKWARD
+from .mutations_ffn import FFN
 
-MUTATIONS = (*FORWARD, *BACKWARD)
+MUTATIONS = (*FORWARD, *BACKWARD, *FFN)
 JOBS, TIMEOUT = 2, 280.0  # seconds for one mutant, its compilation included
 TABLE = Path(__file__).with_name("MUTATIONS.md")
 _CODES = {"__nv_bfloat16": "DType::kBf16", "__half": "DType::kF16", "float": "DType::kF32"}
@@ -117,6 +122,29 @@ CASES: dict[str, Callable[[torch.dtype], Problem]] = {
 }  # fmt: skip
 
 
+def _ffn_overflow(dtype: torch.dtype) -> Call:
+    """act(b1) is beyond fp16, act(u) is 0 for every row."""
+    call = ffn(5, d=32, f=48, dtype=dtype, activation="relu2", norm=None)
+    call.tensors["b1"] = torch.full((48,), 300.0, dtype=dtype)
+    call.tensors["x"] = -call.tensors["x"].abs() - 1
+    call.tensors["w1"] = torch.full((48, 32), 20.0, dtype=dtype)
+    return call
+
+
+FFN_CASES: dict[str, Callable[[torch.dtype], Call]] = {
+    # Two blocks of rows, two tiles of hidden units, tails of all.
+    "ffn": lambda t: ffn(70, d=40, f=45, dtype=t),
+    "ffn_gated": lambda t: ffn(20, d=64, f=72, dtype=t, gated=True),
+    "ffn_gated_wide": lambda t: ffn(3, d=256, f=20, dtype=t, gated=True),
+    "ffn_parts": lambda t: ffn(7, d=40, f=300, dtype=t),
+    "ffn_chunks": lambda t: ffn(600, d=16, f=40, dtype=t),
+    "ffn_dropout": lambda t: ffn(
+        20, d=40, f=45, dtype=t, dropout_p=0.3, hidden_dropout_p=0.4, seed=7
+    ),
+    "ffn_overflow": _ffn_overflow,
+}
+
+
 # --------------------------------------------------------------- the checks, run inside a mutant
 
 
@@ -128,6 +156,10 @@ def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) 
         try:
             if case == "hostile_lengths":
                 _hostile_lengths()
+            elif case == "ffn_huge":
+                _ffn_huge()
+            elif case in FFN_CASES:
+                judge_ffn(FFN_CASES[case](_DTYPES[only[0]]), "cuda")
             else:
                 name, _, way = case.partition("+")
                 judge(CASES[name](_DTYPES[only[0]]), "cuda", deterministic=way != "atomics")
@@ -144,6 +176,17 @@ def _hostile_lengths() -> None:
     numbers = (0.125, 0, -1, -1, 0.0, 0.0, 0, 0, 0)
     tensors = (None, None, lens, lens, None, None, None, None, None)
     torch.ops.fastattn.attention_cuda_kernel_fwd(q, k, v, *tensors, *numbers)
+
+
+def _ffn_huge() -> None:
+    """Rows that fp32 cannot square, of equal elements, with a mean of 1000. Plain PyTorch has NaN
+    for some of them, so it is no measure."""
+    rows = torch.randn(40) * 1e30, torch.full((40,), 3.0), 1000 + torch.randn(40)
+    call = ffn(3, d=40, f=48, x=torch.stack(rows), residual=False)
+    with torch.no_grad():
+        y = call.run(fastattn, call.leaves(), backend="cuda")["y"]
+    right = call.run(fastattn.reference, {n: t.double() for n, t in call.tensors.items()})["y"]
+    torch.testing.assert_close(y.double(), right, rtol=1e-4, atol=1e-4)
 
 
 def _by_conflicts(case: str, mutation: Mutation | None, sources: Path, only: Variant) -> None:
@@ -173,6 +216,9 @@ def _by_emulator(case: str, sources: Path, only: Variant) -> None:
     from .emu_attention import forward
 
     rung, _, name = case.partition(":")
+    if name in FFN_CASES:
+        _ffn_by_emulator(rung, sources, only)
+        return
     program = Program(
         (sources / FWD, sources / WEIGHTS, HERE / "launchers" / "attention.cpp"),
     )
@@ -183,6 +229,16 @@ def _by_emulator(case: str, sources: Path, only: Variant) -> None:
     f = forward(_DTYPES[only[0]], **shapes[name])
     for schedule in ("forward", "reverse"):
         f.check(run(program, f.case, rung, schedule=schedule))
+
+
+def _ffn_by_emulator(rung: str, sources: Path, only: Variant) -> None:
+    from .emu import run
+    from .emu_layernorm_ffn import passes, program
+
+    built = program(cuda=sources)
+    for one in passes(_DTYPES[only[0]], M=70, D=40, F=75):
+        for schedule in ("forward", "reverse"):
+            one.check(run(built, one.case, rung, schedule=schedule))
 
 
 def _by_budget(arch: str, mutation: Mutation | None, sources: Path) -> None:
@@ -236,7 +292,10 @@ def _few(only: Variant) -> dict[str, str]:
         KEYS: f"FASTATTN_BWD_KEYS_VARIANTS {', '.join(keys)}",
         ROWS: f"FASTATTN_BWD_ROWS_VARIANTS {line}",
         BIAS: f"FASTATTN_BWD_BIAS_VARIANTS(make) make<{element}, {head_dim}>({code})",
+        mutations_ffn.FWD: f"FASTATTN_FFN_VARIANTS(make) make<{element}, {head_dim}>({code})",
     }
+    grads = f"FASTATTN_FFN_BWD_VARIANTS(make) make<{element}, {head_dim}, {flag}>({code})"
+    made |= dict.fromkeys((mutations_ffn.ROWS, mutations_ffn.WEIGHTS), grads)
     return {name: f"#define {text}\n" for name, text in made.items()}
 
 
@@ -313,10 +372,10 @@ def table() -> str:
         "# Planted bugs in the CUDA kernels, and what catches them",
         "",
         "Made from `mutations*.py` by `make mutations`; `make verify-full` runs every row, `make",
-        "verify` one of each file, kind of check and verdict, and wants just this verdict of just",
-        "this check. *ptx*: binding, launcher and sm_80 PTX in the simulator, against the fp64",
-        "oracle; *tsan*, *asan*: the source in the emulator; *conflicts*: shared memory's",
-        "wavefronts; *budget*: machine code.",
+        "verify` a sample of each file, and wants just this verdict of just this check.",
+        "*ptx*: binding, launcher and sm_80 PTX in the simulator, against the fp64 oracle;",
+        "*tsan*, *asan*: the source in the emulator; *conflicts*: shared memory's wavefronts;",
+        "*budget*: machine code.",
         "",
         "| bug | what it breaks | check | verdict |",
         "|---|---|---|---|",

@@ -184,13 +184,13 @@ CAPTURABLE = {
     "__cudaRegisterFunction", "__cudaRegisterVar", "__cudaPushCallConfiguration",
     "__cudaPopCallConfiguration", "__cudaGetKernel", "__cudaLaunchKernel", "cudaLaunchKernel",
     "cudaLaunchCooperativeKernel", "cudaFuncSetAttribute", "cudaGetLastError", "cudaGetErrorName",
-    "cudaGetErrorString", "cudaSetDevice", "cudaGetDevice",
+    "cudaGetErrorString", "cudaSetDevice", "cudaGetDevice", "cudaDeviceGetAttribute",
 }  # fmt: skip
 
 
 def test_a_stream_that_captures_a_graph_is_not_disturbed() -> None:
     """Nothing that the launchers or the binding call is forbidden there."""
-    objects = [*build.cuda_objects(), build.binding()]
+    objects = [*build.cuda_objects(), *build.bindings()]
     found: set[str] = set()
     for path in objects:
         names = subprocess.run(
