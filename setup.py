@@ -169,16 +169,20 @@ setup(
             [
                 "csrc/bindings/module.cpp",
                 "csrc/bindings/attention.cpp",
+                "csrc/bindings/embedding.cpp",
+                "csrc/bindings/encoder_layer.cpp",
                 "csrc/bindings/layernorm.cpp",
                 "csrc/bindings/layernorm_ffn.cpp",
                 "csrc/bindings/linear_cross_entropy.cpp",
                 "csrc/cpu/isa.cpp",
                 "csrc/cpu/scratch.cpp",
                 "csrc/cpu/attention.cpp",
+                "csrc/cpu/embedding.cpp",
+                "csrc/cpu/few_tokens.cpp",
                 "csrc/cpu/layernorm_ffn.cpp",
                 *(
                     f"csrc/cpu/{op}_{isa}.cpp"
-                    for op in ["attention", "layernorm_ffn"]
+                    for op in ["attention", "embedding", "few_tokens", "layernorm_ffn"]
                     for isa in ["portable", *X86]
                 ),
             ],

@@ -10,6 +10,7 @@ from fastattn import nn, reference
 from fastattn._debug import debug_checks
 from fastattn.backends import backends
 from fastattn.ops.attention import attention, attention_varlen
+from fastattn.ops.embedding import embedding
 from fastattn.ops.layernorm import add_layer_norm, bias_act, layer_norm, rms_norm
 from fastattn.ops.layernorm_ffn import layernorm_ffn
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
@@ -25,6 +26,7 @@ __all__ = [
     "backends",
     "bias_act",
     "debug_checks",
+    "embedding",
     "layer_norm",
     "layernorm_ffn",
     "linear_cross_entropy",

@@ -12,6 +12,8 @@ from tools import assert_within
 from torch import Tensor, nn
 
 from fastattn.nn import multihead_attention as mha_module
+from fastattn.nn import transformer as layers_module
+from fastattn.swap import _inference as inference_module
 from fastattn.swap import _transformers as hf_module
 
 Call = Callable[[nn.Module, torch.dtype], dict[str, Tensor]]
@@ -38,6 +40,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         monkeypatch.setattr(module, op, wrapper)
 
+    def spy_layers(module: Any) -> None:
+        original = module.encoder_layer
+
+        def wrapper(x: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+            # Attention is inside; a mask that is the same for every row is read by key alone.
+            if mask is not None and mask.stride(2) == 0:
+                mask = mask[:, :, :1]
+            record.append(
+                {"op": "attention", "q": x, "k": x, "v": x, "mask": mask, "causal": False}
+            )
+            return original(x, mask, *args, **kwargs)
+
+        monkeypatch.setattr(module, "encoder_layer", wrapper)
+
+    spy_layers(layers_module)
+    spy_layers(inference_module)
     spy(mha_module, "attention")
     spy(mha_module, "attention_varlen")
     spy(hf_module, "attention")

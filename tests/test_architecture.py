@@ -48,6 +48,14 @@ SHIPPED_LAYERS = {
         "tests/test_attention.py",
         "bench/test_attention.py",
     ),
+    "embedding": (
+        "csrc/cpu/embedding.cpp",
+        "csrc/bindings/embedding.cpp",
+        "fastattn/ops/embedding.py",
+        "fastattn/nn/embedding.py",
+        "fastattn/reference/embedding.py",
+        "tests/test_embedding.py",
+    ),
     "layernorm_ffn": (
         "csrc/cpu/layernorm_ffn.cpp",
         "csrc/cuda/layernorm_ffn_fwd.cu",

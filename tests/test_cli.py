@@ -153,7 +153,7 @@ def test_demo_agrees_with_the_stock_model(demo: tuple[Path, str, dict]) -> None:
 
 def test_demo_measures_every_case(demo: tuple[Path, str, dict]) -> None:
     rows = demo[2]["rows"]
-    assert {r["kind"] for r in rows} == {"forward", "training step"}
+    assert {r["kind"] for r in rows} == {"forward", "training step", "fine-tuning"}
     assert {r["dtype"] for r in rows} == {"fp32", "bf16"}
     assert {r["padded"] for r in rows} == {False, True}
     for row in rows:
@@ -181,12 +181,15 @@ def test_the_verdict_counts_losses() -> None:
 
     rows = [row(m) | {"dtype": d} for m in (0.8, 1.0, 1.3) for d in ("fp32", "bf16")]
     rows += [row(0.5) | {"dtype": "fp32", "kind": "training step"}]
+    rows += [row(2.0) | {"dtype": "fp32", "kind": "fine-tuning"}]
     assert [demo_report.outcome(r) for r in rows[::2]] == ["loss", "tie", "win", "loss"]
     text = demo_report.verdict({"rows": rows, "parity_holds": False})
     assert "1 slower" in text
     assert "worst 0.50x" in text
     assert "DOES NOT AGREE" in text
-    assert "more in 7 of 7" in text
+    assert "fine-tuning: 2.00x" in text
+    assert "Best 2.00x (fine-tuning fp32 16 tokens" in text
+    assert "more in 8 of 8" in text
 
 
 def test_sentences_are_varied_and_real() -> None:

@@ -101,7 +101,7 @@ def test_deepcopy_and_pickle(case: Case, calls: Calls) -> None:  # noqa: F811
         calls.clear()
         assert torch.equal(run(other), right)
         assert len(calls) == 2
-        assert len(swap(other)) == 0
+        assert swap(other).count("attention") == 0
         assert unswap(other)
         calls.clear()
         assert torch.equal(run(other), stock)
@@ -279,7 +279,8 @@ def test_training_steps_follow_stock(case: Case) -> None:
     swap(fused)
     losses: list[list[float]] = []
     for m in (model, fused):
-        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
+        # Not Adam: it makes whole steps of gradients that are rounding alone.
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.2, momentum=0.9)
         curve = []
         for _ in range(6):
             loss = (run(m) - 0.5).square()[MASK].mean()
@@ -324,7 +325,7 @@ def test_ddp(case: Case, order: str, process_group: None, calls: Calls) -> None:
         swap(model)
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     if order == "wrap_first":
-        assert len(swap(wrapped)) == 2
+        assert swap(wrapped).count("attention") == 2
     got = gradients(wrapped, run)
     assert len(calls) == 2
     for name in right:
@@ -365,7 +366,7 @@ def test_fake_cuda() -> None:
     """A swapped BERT, forward and backward, with a padding mask: no value is read back."""
     with FakeTensorMode(), torch.device("cuda"):
         model = bert().train()
-        assert len(swap(model)) == 2
+        assert swap(model).count("attention") == 2
         ids = torch.zeros(N, S, dtype=torch.int64)
         mask = torch.ones(N, S, dtype=torch.int64)
         o = model(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -153,7 +153,7 @@ def test_sentence_transformer(calls: Calls) -> None:  # noqa: F811
     model = SentenceTransformer(str(MINILM), device="cpu")
     right = model.encode(SENTENCES)
     report = swap(model)
-    assert len(report) == 6
+    assert [report.count(k) for k in ("attention", "feed-forward", "residual + norm")] == [6] * 3
     got = model.encode(SENTENCES)
     assert calls.ops() == ["attention"] * 6
     torch.testing.assert_close(torch.tensor(got), torch.tensor(right), rtol=1e-4, atol=1e-5)
@@ -170,12 +170,12 @@ def test_torch_attention_inside_a_transformers_model(calls: Calls) -> None:  # n
     stock = transformers.SiglipVisionModel(config).eval()
     fused = copy.deepcopy(stock)
     report = swap(fused)
-    assert sorted(r.by for r in report.replaced) == [
+    assert sorted(r.by for r in report.replaced if r.kind == "attention") == [
         'AttentionInterface["fastattn"]',
         'AttentionInterface["fastattn"]',
         "fastattn.nn.MultiheadAttention",
     ]
-    assert not report.skipped
+    assert {s.kind for s in report.skipped} <= {"?"}
     pixels = torch.randn(2, 3, 16, 16)
     right = stock(pixels)
     got = fused(pixels)

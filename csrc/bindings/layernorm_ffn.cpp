@@ -63,6 +63,7 @@ struct Call {
   Numbers n;
   DType x_dtype, dtype;  // of x and y; of the weights and the hidden layer
   int64_t M = 0, D = 0, F = 0, Dout = 0;
+  bool by_columns = false;  // a weight is: no kernel of ours
   std::optional<RowView> x_rows;
   Rows w1_rows, w2_rows, w_gate_rows;
   Vec b1_v, b2_v, b_gate_v, norm_weight_v, norm_bias_v;
@@ -158,9 +159,16 @@ struct Call {
     STD_TORCH_CHECK(w.dim() == 2, "fastattn::", kOp, ": ", name, " must have shape (out, in), got ",
                     text(w));
   }
-  // Kernels read rows; a weight stored by columns (nn.Linear of a transposed view) is copied.
+  // Kernels read rows of unit stride. The library's GEMM also takes a weight stored by columns (the
+  // transposed view of a GPT-2 Conv1D) as it lies; any other layout is copied.
   Rows weight(Tensor& w) {
-    if (w.size(1) != 1 && w.stride(1) != 1) w = torch::stable::contiguous(w);
+    if (w.size(1) != 1 && w.stride(1) != 1) {
+      if (w.stride(0) == 1 && w.stride(1) >= w.size(0)) {
+        by_columns = true;
+        return {};
+      }
+      w = torch::stable::contiguous(w);
+    }
     return {data(w), row_dtype(kOp, w, "a weight"), w.stride(0)};
   }
 };
@@ -261,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_ffn
     p.b1 = c.b1_v, p.b_gate = c.b_gate_v, p.act = c.act, p.dropout = c.hidden;
     p.u = rows_of(saved.u, c.F, c.dtype), p.g = rows_of(saved.g, c.F, c.dtype);
     p.a = rows_of(saved.a, c.F, c.dtype);
-    if (ffn_serves(p, threads().threads))
+    if (!c.by_columns && ffn_serves(p, threads().threads))
       by_kernel(c, p, saved, y);
     else
       by_library(c, saved, y);

@@ -23,7 +23,15 @@ from torch import nn
 import fastattn
 from fastattn import measure
 from fastattn.cli import demo_report
-from fastattn.cli.demo_model import Batch, DemoError, Text, contrastive_loss, embed, load
+from fastattn.cli.demo_model import (
+    Batch,
+    DemoError,
+    Text,
+    contrastive_loss,
+    embed,
+    freeze,
+    load,
+)
 from fastattn.cli.doctor import examine_cpu, make_console
 from fastattn.swap import swap
 
@@ -41,7 +49,7 @@ class Plan:
     lengths: tuple[int, ...]
     batches: tuple[int, ...]
     tokens: int  # larger batches are left out: seconds a call, and no other ratio than the next
-    training: tuple[tuple[int, int], ...]  # (S, B)
+    training: tuple[tuple[int, int], ...]  # (S, B), of training steps and of fine-tuning
     parity_sentences: int
     rounds: int
     min_rounds: int
@@ -51,12 +59,13 @@ class Plan:
 FULL = Plan((16, 128, 512), (1, 8, 32), 4096, ((128, 8), (512, 4)), 200, 25, 3, 1.2)
 QUICK = Plan((16, 128), (1, 4), 512, ((64, 4),), 32, 7, 2, 0.2)
 
+KINDS = ("attention", "feed-forward", "residual + norm", "embedding", "norm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Case:
-    kind: str  # "forward" | "training step"
+    kind: str  # "forward" | "training step" | "fine-tuning"
     S: int
     B: int
     dtype: str
@@ -85,7 +94,10 @@ class Models:
         if case.kind == "forward":
             stock, fused = self.pairs[case.dtype]
             return {"stock": _forward(stock, batch), "fused": _forward(fused, batch)}
-        copies = (copy.deepcopy(m) for m in self.pairs["fp32"])
+        copies = [copy.deepcopy(m) for m in self.pairs["fp32"]]
+        if case.kind == "fine-tuning":
+            for model in copies:
+                freeze(model)
         return dict(
             zip(("stock", "fused"), (_step(m, batch, case.dtype) for m in copies), strict=True)
         )
@@ -106,7 +118,8 @@ def _autocast(dtype: str) -> AbstractContextManager[Any]:
 def _step(model: nn.Module, batch: Batch, dtype: str) -> Callable[[], object]:
     """One training step, dropout on: loss, backward, AdamW. bf16 = autocast over fp32 weights."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(wanted, lr=1e-5)
 
     def call() -> object:
         optimizer.zero_grad(set_to_none=True)
@@ -127,9 +140,10 @@ def cases(plan: Plan) -> Iterator[Case]:
                     # A batch of one has nothing to pad.
                     if (B > 1 or not padded) and plan.tokens >= B * S:
                         yield Case("forward", S, B, dtype, padded)
-    for dtype in DTYPES:
-        for S, B in plan.training:
-            yield Case("training step", S, B, dtype, True)
+    for kind in ("training step", "fine-tuning"):
+        for dtype in DTYPES:
+            for S, B in plan.training:
+                yield Case(kind, S, B, dtype, True)
 
 
 def parity(models: Models, plan: Plan) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def _time(models: Models, case: Case, plan: Plan) -> dict[str, Any]:
 
 def _peaks(models: Models, case: Case) -> dict[str, int | None]:
     calls = models.calls(case)
-    warmup = 1 if case.kind == "training step" else 0  # the optimizer's state is not a step's
+    warmup = 0 if case.kind == "forward" else 1  # the optimizer's state is not a step's
     return {
         f"{name}_peak_bytes": measure.peak_extra_bytes(call, warmup=warmup)
         for name, call in calls.items()
@@ -234,6 +248,7 @@ def run(out: Path, *, quick: bool, threads: int | None, quiet: bool) -> dict[str
     result = {
         "environment": _environment(quick),
         "swap": str(models.report).splitlines(),
+        "swapped": {kind: models.report.count(kind) for kind in KINDS},
         "parity": agreement,
         "parity_holds": all(agreement[key]["holds"] for key in (*DTYPES, "gradient")),
         "rows": rows,

@@ -110,3 +110,13 @@ def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
     half = len(e) // 2
     logits = e[:half] @ e[half : 2 * half].T / 0.05
     return F.cross_entropy(logits, torch.arange(half))
+
+
+def freeze(model: nn.Module) -> None:
+    """Leave the last two encoder layers to train, as fine-tuning on little text does."""
+    layers: Any = model.encoder.layer  # type: ignore[union-attr]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for layer in layers[-2:]:
+        for p in layer.parameters():
+            p.requires_grad_(True)

@@ -11,6 +11,8 @@ from rich.table import Table
 # Below this distance from 1 a ratio is called a tie: it is what equal calls differ by.
 TIE = 0.03
 
+_SHORT = {"training step": "train ", "fine-tuning": "tune "}  # in the picture
+
 STOCK, FUSED = "#9aa5b1", "#0b6e99"
 
 
@@ -77,7 +79,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"[bold]all-MiniLM-L6-v2[/] on {env['cpu']} ({env['threads']} threads, {env['isa']}), "
         f"torch {env['torch']}, transformers {env['transformers']}"
     )
-    console.print(result["swap"][0], markup=False)
+    kinds = ", ".join(f"{n} x {kind}" for kind, n in result["swapped"].items() if n)
+    console.print(f"{result['swap'][0]}: {kinds}", markup=False)
     parity = result["parity"]
     table = Table(
         title=f"Parity: embeddings of {parity['sentences']} sentences and of texts to the full "
@@ -107,6 +110,7 @@ def render(result: dict[str, Any], console: Console) -> None:
     for kind, title in (
         ("forward", "Embedding a batch"),
         ("training step", "Training step (forward, backward, AdamW; dropout on; bf16 = autocast)"),
+        ("fine-tuning", "Fine-tuning: the same with all frozen but the last two of six layers"),
     ):
         console.print(_table(title, [r for r in result["rows"] if r["kind"] == kind]))
     console.print(
@@ -123,7 +127,7 @@ def _mean(rows: list[dict[str, Any]]) -> float:
 
 
 def _name(row: dict[str, Any]) -> str:
-    kind = "" if row["kind"] == "forward" else "training "
+    kind = {"forward": "", "training step": "training "}.get(row["kind"], f"{row['kind']} ")
     return f"{kind}{row['dtype']} {row['S']} tokens x {row['B']} {_batch(row)}"
 
 
@@ -138,7 +142,8 @@ def verdict(result: dict[str, Any]) -> str:
     for label, chosen in (
         ("fp32", [r for r in rows if r["kind"] == "forward" and r["dtype"] == "fp32"]),
         ("bf16", [r for r in rows if r["kind"] == "forward" and r["dtype"] == "bf16"]),
-        ("training", [r for r in rows if r["kind"] != "forward"]),
+        ("training", [r for r in rows if r["kind"] == "training step"]),
+        ("fine-tuning", [r for r in rows if r["kind"] == "fine-tuning"]),
     ):
         counts = [sum(outcome(r) == o for r in chosen) for o in ("win", "tie", "loss")]
         parts.append(
@@ -159,8 +164,8 @@ def verdict(result: dict[str, Any]) -> str:
             f"Peak memory: less in {len(less)}, more in {len(more)} of {len(measured)} cases."
         )
     parts.append(
-        "The whole model is timed: its linear layers and, at small batches, the framework's "
-        "overhead per call are the same on both sides and bound what attention can win."
+        "The whole model is timed, attention, feed-forward blocks, norms and embeddings swapped: "
+        "the matrix products are as many on both sides and bound what fusing can win."
     )
     return " ".join(parts)
 
@@ -177,8 +182,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for column, dtype in enumerate(dtypes):
         rows = [r for r in result["rows"] if r["dtype"] == dtype]
         labels = [
-            f"{'train ' if r['kind'] != 'forward' else ''}{r['S']}×{r['B']}"
-            f"{' pad' if r['padded'] else ''}"
+            f"{_SHORT.get(r['kind'], '')}{r['S']}×{r['B']}{' pad' if r['padded'] else ''}"
             for r in rows
         ]
         x = range(len(rows))

@@ -16,53 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.nn._nested import pack, unpack
+from fastattn.nn._plain import (
+    activation_name,
+    anyone_hooks_all,
+    drop_probability,
+    norm_is_plain,
+    plain,
+)
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.multihead_attention import MultiheadAttention
-from fastattn.ops.layernorm import Activation, add_layer_norm
+from fastattn.ops.encoder_layer import Weights, encoder_layer, serves
+from fastattn.ops.layernorm import add_layer_norm
 from fastattn.ops.layernorm_ffn import layernorm_ffn
-
-_FUNCTIONS: dict[Any, Activation] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.gelu: "gelu",
-    F.silu: "silu",
-}
-
-
-def activation_name(activation: Any) -> Activation | None:
-    """The op's name of a callable, None where it has none."""
-    if isinstance(activation, torch.nn.Module):
-        if _hooked(activation):
-            return None
-        if type(activation) is torch.nn.GELU:
-            return "gelu" if activation.approximate == "none" else "gelu_tanh"
-        return {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}.get(type(activation))  # type: ignore[return-value]
-    try:
-        return _FUNCTIONS.get(activation)
-    except TypeError:  # a callable without a hash
-        return None
-
-
-def _hooked(module: torch.nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _plain(module: torch.nn.Module, *classes: type[torch.nn.Module]) -> bool:
-    """Whether calling the module would do what its class does, and nothing else."""
-    return type(module) in classes and not _hooked(module) and "forward" not in module.__dict__
-
-
-def _norm_is_plain(module: torch.nn.Module) -> bool:
-    return _plain(module, torch.nn.LayerNorm, LayerNorm)
-
-
-def _p(dropout: Any) -> float:
-    return float(dropout.p) if dropout.training else 0.0
 
 
 class _Layer(torch.nn.Module):
@@ -86,42 +52,45 @@ class _Layer(torch.nn.Module):
 
     def _add(self, x: Tensor, o: Tensor, dropout: Any, norm: Any) -> Tensor:
         """``x + dropout(o)``, behind it the norm where norms come last."""
-        fused = _plain(dropout, torch.nn.Dropout) and not x.is_nested and _one_dtype(o, x)
+        if x.is_nested and o.is_nested:  # every row by itself: the packed tokens
+            packed = pack(x, "src")
+            return unpack(self._add(packed.values, pack(o, "src").values, dropout, norm), packed)
+        fused = plain(dropout, torch.nn.Dropout) and _one_dtype(o, x)
+        p = drop_probability(dropout)
         if self.norm_first:
-            if fused and _p(dropout):
-                return add_layer_norm(o, x, norm=None, dropout_p=_p(dropout), backend=self.backend)[
-                    1
-                ]
+            if fused and p:
+                return add_layer_norm(o, x, norm=None, dropout_p=p, backend=self.backend)[1]
             return x + dropout(o)  # type: ignore[no-any-return]
-        if fused and _norm_is_plain(norm):
+        if fused and norm_is_plain(norm):
             return add_layer_norm(
-                o, x, norm.weight, norm.bias, eps=norm.eps, dropout_p=_p(dropout),
-                backend=self.backend,
-            )[0]  # fmt: skip
+                o, x, norm.weight, norm.bias, eps=norm.eps, dropout_p=p, backend=self.backend
+            )[0]
         return norm(x + dropout(o))  # type: ignore[no-any-return]
 
     def _feed_forward(self, x: Tensor, stock: Any, norm: Any, dropout: Any) -> Tensor:
         """The last sublayer: from x to x + block(norm(x)), or to norm(x + block(x))."""
+        if x.is_nested:
+            packed = pack(x, "src")
+            return unpack(self._feed_forward(packed.values, stock, norm, dropout), packed)
         name = activation_name(self.activation)
         linear1: Any = self.linear1
         linear2: Any = self.linear2
+        block: Any = self._ff_block
         fused = (
             name is not None
             and type(self)._ff_block is stock  # type: ignore[attr-defined]
-            and not x.is_nested
-            and all(_plain(m, torch.nn.Linear) for m in (linear1, linear2))
-            and all(_plain(m, torch.nn.Dropout) for m in (self.dropout, dropout))  # type: ignore[arg-type]
-            and _norm_is_plain(norm)
+            and all(plain(m, torch.nn.Linear) for m in (linear1, linear2))
+            and all(plain(m, torch.nn.Dropout) for m in (self.dropout, dropout))
+            and norm_is_plain(norm)
         )
         if not fused:
-            block: Any = self._ff_block
             return x + block(norm(x)) if self.norm_first else norm(x + block(x))  # type: ignore[no-any-return]
         assert name is not None
         return layernorm_ffn(
             x, linear1.weight, linear1.bias, linear2.weight, linear2.bias,
             norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, activation=name,
-            pre_norm=self.norm_first, dropout_p=_p(dropout), hidden_dropout_p=_p(self.dropout),
-            backend=self.backend,
+            pre_norm=self.norm_first, dropout_p=drop_probability(dropout),
+            hidden_dropout_p=drop_probability(self.dropout), backend=self.backend,
         )  # fmt: skip
 
 
@@ -134,7 +103,8 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
     :class:`torch.nn.TransformerEncoderLayer`.
 
     Signature, initialisation (the same seed gives the same parameters), ``state_dict`` and defaults
-    are torch's; weights load in both directions. There is no second code path for inference.
+    are torch's; weights load in both directions. In inference on the CPU, batch first, a layer is
+    one op of the same kernels (fastattn/ops/encoder_layer.py).
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
@@ -183,6 +153,14 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Arguments and result are torch's; masks True = ignore, or float, added to the logits."""
+        if type(self)._sa_block is not _ENCODER_SA:  # a subclass with an attention of its own
+            return torch.nn.TransformerEncoderLayer.forward(
+                self, src, src_mask, src_key_padding_mask, is_causal
+            )
+        masked = src_mask is not None or is_causal
+        y = None if masked else self._in_inference(src, src_key_padding_mask)
+        if y is not None:
+            return y
         x = src
         inner = self.norm1(x) if self.norm_first else x
         o = self.self_attn(
@@ -192,7 +170,48 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
         x = self._add(x, o, self.dropout1, self.norm1)
         return self._feed_forward(x, _ENCODER_FF, self.norm2, self.dropout2)
 
+    def _in_inference(self, x: Tensor, padding: Tensor | None) -> Tensor | None:
+        """The whole layer as one op where it can be: see ops/encoder_layer.py."""
+        if not serves(x, self.backend) or (padding is not None and padding.dtype != torch.bool):
+            return None
+        attention: Any = self.self_attn
+        name = activation_name(self.activation)
+        linear1, linear2, o = self.linear1, self.linear2, attention.out_proj
+        dropouts: Any = (self.dropout, self.dropout1, self.dropout2)
+        plainly = (
+            name is not None
+            and type(self)._ff_block is _ENCODER_FF
+            and plain(attention, MultiheadAttention)
+            and attention.batch_first
+            and attention.in_proj_weight is not None
+            and attention.bias_k is None
+            and not attention.add_zero_attn
+            and attention.backend == self.backend
+            and plain(o, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
+            and all(plain(m, torch.nn.Linear) for m in (linear1, linear2))
+            and all(plain(m, torch.nn.Dropout) and not drop_probability(m) for m in dropouts)
+            and not (attention.training and attention.dropout)
+            and all(norm_is_plain(m) for m in (self.norm1, self.norm2))
+            and not anyone_hooks_all()
+        )
+        if not plainly:
+            return None
+        weights = Weights(
+            attention.in_proj_weight, attention.in_proj_bias, None, None, None, None, o.weight,
+            o.bias, self.norm1.weight, self.norm1.bias, linear1.weight, linear1.bias,
+            linear2.weight, linear2.bias, self.norm2.weight, self.norm2.bias,
+        )  # fmt: skip
+        if any(w.dtype != x.dtype for w in (weights.wq, weights.wo, weights.w1, weights.w2)):
+            return None
+        assert name is not None
+        return encoder_layer(
+            x, None if padding is None else ~padding[:, None, None, :], weights,
+            heads=attention.num_heads, scale=attention.head_dim**-0.5, activation=name,
+            eps=(self.norm1.eps, self.norm2.eps), pre_norm=self.norm_first,
+        )  # fmt: skip
 
+
+_ENCODER_SA = torch.nn.TransformerEncoderLayer._sa_block
 _ENCODER_FF = torch.nn.TransformerEncoderLayer._ff_block
 
 
@@ -242,6 +261,11 @@ class TransformerDecoderLayer(_Layer, torch.nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """Arguments and result are torch's; masks True = ignore, or float, added to the logits."""
+        if (type(self)._sa_block, type(self)._mha_block) != _DECODER_ATTENTION:
+            return torch.nn.TransformerDecoderLayer.forward(
+                self, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+                memory_key_padding_mask, tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
         x = tgt
         inner = self.norm1(x) if self.norm_first else x
         o = self.self_attn(
@@ -258,6 +282,10 @@ class TransformerDecoderLayer(_Layer, torch.nn.TransformerDecoderLayer):
         return self._feed_forward(x, _DECODER_FF, self.norm3, self.dropout3)
 
 
+_DECODER_ATTENTION = (
+    torch.nn.TransformerDecoderLayer._sa_block,
+    torch.nn.TransformerDecoderLayer._mha_block,
+)
 _DECODER_FF = torch.nn.TransformerDecoderLayer._ff_block
 
 

@@ -13,6 +13,7 @@ from fastattn.reference.dropout import (
     philox_4x32,
     philox_uniform_u32,
 )
+from fastattn.reference.embedding import embedding, sinusoidal_positions
 from fastattn.reference.layernorm_ffn import (
     add_layer_norm,
     bias_act,
@@ -29,10 +30,12 @@ __all__ = [
     "bias_act",
     "draw_seed",
     "dropout_keep",
+    "embedding",
     "layer_norm",
     "layernorm_ffn",
     "linear_cross_entropy",
     "philox_4x32",
     "philox_uniform_u32",
     "rms_norm",
+    "sinusoidal_positions",
 ]

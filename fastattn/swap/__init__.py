@@ -1,19 +1,21 @@
-"""``fastattn.swap`` and ``fastattn.unswap``: fused attention in a model that exists already.
+"""``fastattn.swap`` and ``fastattn.unswap``: fused layers in a model that exists already.
 
-Split by mechanism: ``_torch`` (modules of torch, by changing their class), ``_transformers``
-(Hugging Face models, by their attention and mask interfaces), ``_select`` (``only`` / ``skip``),
-``_report``.
+Split by mechanism: ``_classes`` (changing the class of a module), ``_torch`` (modules of torch),
+``_transformers`` (attention of Hugging Face models, by their attention and mask interfaces),
+``_known`` (what else they are made of; ``_blocks``, ``_embeddings``), ``_select`` (``only`` /
+``skip``), ``_report``.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 import torch
 
-from fastattn.nn import MultiheadAttention
-from fastattn.swap import _torch, _transformers
+from fastattn.swap import _known, _torch, _transformers
+from fastattn.swap._classes import UNDO
 from fastattn.swap._report import ALREADY, Replaced, Skipped, SwapReport
 from fastattn.swap._select import Patterns, Selection, lineage
 
@@ -29,13 +31,16 @@ def swap(
     skip: Patterns = None,
     backend: str = "auto",
 ) -> SwapReport:
-    """Make the attention of a model fused, in place.
+    """Make the attention, the feed-forward blocks and the norms of a model fused, in place.
 
-    Served are ``torch.nn.MultiheadAttention`` (its subclasses too if they keep its forward), alone
-    and inside ``torch.nn.TransformerEncoderLayer`` / ``TransformerDecoderLayer``, whose shortcut
-    for inference is closed so that the fused attention really runs, and every model of
-    ``transformers`` whose attention goes through ``AttentionInterface``, wherever it sits (in a
-    ``SentenceTransformer``, in a wrapper).  Parameters, ``state_dict``, hooks, the modules'
+    Served are ``torch.nn.MultiheadAttention``, ``TransformerEncoderLayer``,
+    ``TransformerDecoderLayer`` (so the whole ``Transformer``), ``LayerNorm`` and ``RMSNorm``, their
+    subclasses too if they keep the forward; every model of ``transformers`` whose attention goes
+    through ``AttentionInterface``, wherever it sits (in a ``SentenceTransformer``, in a wrapper);
+    and the feed-forward blocks, residuals, norms and embeddings of BERT, RoBERTa, DistilBERT,
+    GPT-2, Llama and T5.  Weights are shared, not copied.  Where a part of a block has hooks or is
+    not what it was (adapters, quantised layers), the block runs as its authors wrote it.
+    Parameters, ``state_dict``, hooks, the modules'
     identity and their training flags stay as they are, so optimizers, checkpoints,
     ``copy.deepcopy``, ``pickle``, ``save_pretrained``, DDP and ``torch.compile`` work as before.
 
@@ -50,7 +55,7 @@ def swap(
         only: swap only these: globs on module names (``"encoder.layers.*"``), module classes, or
             an iterable of both.  A pattern takes what it matches and everything inside.
         skip: leave these alone; wins over ``only``.
-        backend: the backend of :func:`fastattn.attention` for all of them. Default "auto".
+        backend: the backend of every op. Default "auto".
 
     Returns:
         A :class:`SwapReport` of what was replaced, what was left alone and why.  If nothing was
@@ -62,8 +67,9 @@ def swap(
 
     >>> import torch, fastattn
     >>> model = torch.nn.Transformer(32, 4, 2, 2, 64)
-    >>> len(fastattn.swap(model))
-    6
+    >>> report = fastattn.swap(model)
+    >>> report.count("attention"), report.count("layer"), report.count("norm")
+    (6, 4, 12)
     >>> type(model.encoder.layers[0].self_attn) is fastattn.nn.MultiheadAttention
     True
     """
@@ -77,17 +83,28 @@ def swap(
     report = SwapReport(type(model).__name__)
     for pattern in selection.unmatched:
         report.notes.append(f"no module matches {pattern!r}")
-    seen = _swap_torch(model, selection, backend, report)
-    seen |= _transformers.swap_models(model, selection, backend, report)
-    _report_others(model, seen, report)
-    if not report and not report.fused_before:
-        reasons = "; ".join(f"{s.name or 'the model'}: {s.why}" for s in report.skipped[:3])
-        warnings.warn(
-            f"fastattn.swap replaced nothing in {report.model} ({reasons or 'no attention found'})",
-            UserWarning,
-            stacklevel=2,
-        )
+    blocks = _known.swap_blocks(model, selection, backend, report)
+    attention = _torch.swap_modules(model, selection, blocks, backend, report)
+    attention |= _transformers.swap_models(model, selection, backend, report)
+    _report_others(model, attention, report)
+    _report_unknown(model, blocks, report)
+    _warn_if_idle(report)
     return report
+
+
+def _warn_if_idle(report: SwapReport) -> None:
+    """Say loudly that nothing was replaced, or no attention where there is some."""
+    alone = [s for s in report.skipped if s.kind == "attention"]
+    fused = report.count("attention") or any(s.why == ALREADY for s in alone)
+    if (report or report.fused_before) and (fused or not alone):
+        return
+    reasons = "; ".join(f"{s.name or 'the model'}: {s.why}" for s in alone[:3])
+    what = "no attention" if report or report.fused_before else "nothing"
+    warnings.warn(
+        f"fastattn.swap replaced {what} in {report.model} ({reasons or 'no attention found'})",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def unswap(model: torch.nn.Module) -> bool:
@@ -111,50 +128,12 @@ def unswap(model: torch.nn.Module) -> bool:
     undone = False
     for module in list(model.modules()):
         module.__dict__.pop(_transformers.OFF, None)
-        for key in (_torch.UNDO, _transformers.UNDO):
+        for key in (UNDO, _transformers.UNDO):
             undo = module.__dict__.pop(key, None)
             if undo is not None:
                 undo(module)
                 undone = True
     return undone
-
-
-def _swap_torch(
-    model: torch.nn.Module, selection: Selection, backend: str, report: SwapReport
-) -> set[str]:
-    """Swap torch's modules; returns the names of all that are attention, swapped or not."""
-    seen = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.MultiheadAttention):
-            continue
-        seen.add(name)
-        cls = type(module).__name__
-        why = selection.why_not(name)
-        if why is None and isinstance(module, MultiheadAttention):
-            if module.backend == backend:
-                why = ALREADY
-            else:
-                module.backend = backend
-        elif why is None:
-            why = _torch.why_not(module)
-            if why is None:
-                _torch.swap_module(module, backend)
-        if why is None:
-            report.replaced.append(Replaced(name, cls, _torch.FUSED))
-        else:
-            report.skipped.append(Skipped(name, cls, why))
-    closed = sum(
-        _torch.close_fast_path(layer)
-        for layer in model.modules()
-        if isinstance(layer, torch.nn.TransformerEncoderLayer)
-        and isinstance(getattr(layer, "self_attn", None), MultiheadAttention)
-    )
-    if closed:
-        report.notes.append(
-            f"{closed} TransformerEncoderLayer: torch's shortcut for inference, which bypasses "
-            "self_attn, is closed"
-        )
-    return seen
 
 
 def _report_others(model: torch.nn.Module, seen: set[str], report: SwapReport) -> None:
@@ -169,3 +148,18 @@ def _report_others(model: torch.nn.Module, seen: set[str], report: SwapReport) -
         if not any(outer in seen or outer in reported for outer in lineage(name)):
             reported.add(name)
             report.skipped.append(Skipped(name, cls, _transformers.why_unknown(modules, name)))
+
+
+_LIKE_BLOCKS = re.compile(r"(Norm|RMSNorm|LayerNorm|MLP|FFN|LayerFF|FeedForward|DenseActDense)$")
+
+
+def _report_unknown(model: torch.nn.Module, known: set[str], report: SwapReport) -> None:
+    """Add norms and feed-forward blocks of classes that the swap does not know."""
+    for name, module in model.named_modules():
+        cls = type(module)
+        inside = any(outer in known for outer in lineage(name))
+        if inside or cls.__module__.startswith(("torch.", "fastattn.")):
+            continue
+        if _LIKE_BLOCKS.search(cls.__name__):
+            why = "a class that the swap does not know"
+            report.skipped.append(Skipped(name, cls.__name__, why, "?"))

@@ -35,6 +35,7 @@ OFF = "_fastattn_off"  # on an attention module that only / skip excluded: its f
 
 # Arguments that change the result and that this function does not serve.
 _REFUSED = ("indices", "block_indices", "sinks", "cache")
+_CHANGING = (*_REFUSED, "position_bias", "softcap", "s_aux", "is_causal", "scaling", "dropout")
 
 
 # ------------------------------------------------------------------------------ the two functions
@@ -179,10 +180,39 @@ def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     if torch.compiler.is_compiling():
         return False
     # A model may keep the flag from its layers; what its hooks collect is the last word.
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    collector = getattr(capturing, "_active_collector", None)
-    collected = None if collector is None else collector.get()
-    return any("attentions" in key for key in collected or ())
+    return any("attentions" in key for key in _collected() or ())
+
+
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def _collected() -> Any:
+    """What transformers' hooks collect in the running forward, None where nothing."""
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    return None if collector is None else collector.get()
+
+
+def idle_hooks(hooks: dict[int, Any]) -> bool:
+    """Whether all are transformers' own, which stay on a model once it was asked for attentions or
+    hidden states, and collect nothing now."""
+    return all(hook.__module__ == _CAPTURING for hook in hooks.values()) and not _collected()
+
+
+def takes_part(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a bidirectional attention module goes through our function here, wants nothing but
+    its output, and gets nothing that changes it; for those who compute it themselves."""
+    # By __dict__: the config's own lookup takes longer than the attention of a short sentence.
+    config = module.config.__dict__
+    return (
+        config.get("_attn_implementation_internal") in ("fastattn", "fastattn_cpu")
+        and OFF not in module.__dict__
+        and not module.is_causal
+        and not (module.training and module.dropout.p)  # type: ignore[union-attr]
+        and not kwargs.get("output_attentions")
+        and not config.get("_output_attentions")
+        and not config.get("output_attentions")
+        and not (kwargs and any(kwargs.get(name) is not None for name in _CHANGING))
+    )
 
 
 def _former_attention(

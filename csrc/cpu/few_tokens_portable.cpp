@@ -1,0 +1,13 @@
+#define FASTATTN_ISA portable
+#define FASTATTN_LEVEL 0
+#include "few_tokens.h"
+#include "target_begin.h"
+
+#include "simd.h"
+#include "philox.h"
+#include "gemm.h"
+#include "rows.h"
+#include "activation.h"
+#include "few_tokens_rows.h"
+
+#include "target_end.h"
