@@ -51,6 +51,7 @@ SHIPPED_LAYERS = {
     "layernorm_ffn": (
         "csrc/cpu/layernorm_ffn.cpp",
         "csrc/bindings/layernorm_ffn.cpp",
+        "kernels/layernorm_ffn.py",
         "fastattn/ops/layernorm_ffn.py",
         "fastattn/nn/layernorm_ffn.py",
         "fastattn/reference/layernorm_ffn.py",

@@ -7,7 +7,8 @@ so eager calls go through autograd Functions of our own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,3 +72,15 @@ def differentiable_gradients(
     return tuple(
         next(found) if n and x is not None else None for x, n in zip(inputs, needs, strict=True)
     )
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records again inside the implementation of an op, which runs below it."""
+    keys = torch._C.DispatchKey
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.ops.attention_op import Shared, recording
+from fastattn.ops._eager import recording
+from fastattn.ops.attention_op import Shared
 
 # Several tiles of every configuration, with a partial one; two heads of a group.
 _B, _SQ, _SK = 2, 150, 170

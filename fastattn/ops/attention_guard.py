@@ -1,8 +1,5 @@
-"""What stands between a GPU op and its kernels: the first-use verdict, and plain PyTorch where it
-says no. The same for every backend that checks itself (Triton, CUDA C++).
-
-It works in the implementation of the op, below the compilers, so a compiled graph stays right too.
-"""
+"""What stands between the attention ops and their GPU kernels: the first-use verdict (_guard.py),
+and plain PyTorch where it says no. The same for every backend that checks itself."""
 
 from __future__ import annotations
 
@@ -12,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import first_use, reference
+from fastattn import reference
 from fastattn.kernels.contract import empty_as
-from fastattn.ops.attention_op import Shared, recording
-
-# Calls that need no further look: naming the variant of each would cost a small call 20 us.
-_seen: set[tuple[Any, ...]] = set()
+from fastattn.ops import _guard
+from fastattn.ops._eager import recording
+from fastattn.ops.attention_op import Shared
 
 
 def may_run(
@@ -40,28 +36,15 @@ def may_run(
         ValueError: the verdict is no, and the caller named this backend.
     """
     q, k, v = qkv
-    arch = first_use.architecture(q.device)
-    if arch is None:
-        return True
-    key = (backend, *_key(q, k, v, shared), more)
-    if key in _seen:
-        return True
-    from fastattn.ops.attention_first_use import variant
 
-    how, run = check()
-    name = f"{backend} {variant(q, v, q.shape[1] // max(k.shape[1], 1), Shared(*shared), how)}"
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    if first_use.trusted("attention", arch, name, run, may_check=not capturing):
-        if first_use.enabled() and not capturing and not first_use.is_checking():
-            _seen.add(key)
-        return True
-    if first_use.is_explicit():
-        raise ValueError(
-            f"fastattn::attention: backend={backend!r} is disabled for {name} on {arch}: its "
-            "first-use check found it wrong (`fastattn doctor` says how); use backend='auto' or "
-            "'reference'"
-        )
-    return False
+    def named() -> tuple[str, Callable[[], str | None]]:
+        from fastattn.ops.attention_first_use import variant
+
+        how, run = check()
+        return variant(q, v, q.shape[1] // max(k.shape[1], 1), Shared(*shared), how), run
+
+    key = (*_key(q, k, v, shared), more)
+    return _guard.may_run("attention", backend, q.device, key, named)
 
 
 def _key(q: Tensor, k: Tensor, v: Tensor, shared: Any) -> tuple[Any, ...]:
@@ -70,7 +53,7 @@ def _key(q: Tensor, k: Tensor, v: Tensor, shared: Any) -> tuple[Any, ...]:
     tensors = tuple([x is None or x.dim() for x in shared[:9]])
     numbers = tuple([x > 0 for x in shared[12:15]])  # window's right side, softcap, dropout
     return (
-        first_use.generation, q.device, q.dtype, q.shape[-1], v.shape[-1],
+        q.dtype, q.shape[-1], v.shape[-1],
         q.shape[1] == k.shape[1], tensors, None if bias is None else (bias.dtype, *_ones(bias)),
         shared[10], shared[11] >= 0, shared[12] >= 0, numbers, shared[15], shared[-1],
     )  # fmt: skip

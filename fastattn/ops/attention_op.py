@@ -11,8 +11,6 @@ one more number, ``deterministic``, and otherwise made by the same functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,18 +320,6 @@ def _vmap_batched(n_lead: int, op: Any) -> Any:
 
 # ---- the eager path ----------------------------------------------------------------------------
 # Functions of our own over the same setup and backward as register_autograd's: see _eager.py.
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Autograd records again inside the implementation of an op, which runs below it."""
-    keys = torch._C.DispatchKey
-    include = torch._C._dispatch_tls_local_include_set()
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
-        exclude = exclude.remove(key)
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-        yield
 
 
 def _flat_functions(name: str, op: Any, setup: Any, backward: Any, n_lead: int) -> tuple[Any, Any]:

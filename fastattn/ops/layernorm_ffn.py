@@ -10,6 +10,7 @@ from torch import Tensor
 from fastattn.backends import select
 from fastattn.ops import layernorm_checks as check
 from fastattn.ops import layernorm_ffn_op as op
+from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import fail, seed_tensor
 from fastattn.ops.layernorm import _ACTIVATIONS, Activation, NormName
 from fastattn.ops.layernorm_op import NORMS
@@ -64,7 +65,7 @@ def layernorm_ffn(
         dropout_p: of the result, before the residual. hidden_dropout_p: of the hidden layer.
         seed: int or 1-element int64 tensor that fixes both masks; None draws one from torch.
         recompute: what the backward computes again instead of reading it, see below.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         (*, D) in x's dtype, contiguous.
@@ -126,9 +127,11 @@ def layernorm_ffn(
     )
     again = check.check_choice(_NAME, "recompute", recompute, op.RECOMPUTE)
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate, norm_weight, norm_bias)
-    if select(_NAME, backend, x.device.type, x.dtype) == "reference":
+    chosen = select(_NAME, backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return op.by_reference(inputs, seed, numbers)
-    return op.forward(inputs, seed, numbers, again)
+    with as_named(backend, chosen):
+        return op.forward(inputs, seed, numbers, again, chosen)
 
 
 def _check_weights(x: Any, w1: Any, w2: Any, w_gate: Any, residual: bool) -> None:

@@ -1,6 +1,7 @@
 """The torch.library ops beneath ``fastattn.layernorm_ffn``: schema, fake, autograd.
 
-The CPU kernels are in csrc/bindings/layernorm_ffn.cpp. What the forward saves follows from
+The CPU kernels are in csrc/bindings/layernorm_ffn.cpp; ``layernorm_ffn_triton_*`` are the same ops
+on the GPU's (layernorm_triton.py). What the forward saves follows from
 ``recompute`` and from what needs a gradient: see :func:`save_flags`.
 """
 
@@ -30,19 +31,20 @@ _NUMBERS = (
     "float hidden_dropout_p"
 )
 _N_INPUTS, _N_TENSORS, _N_NUMBERS = 9, 10, 7
-lib.define(
-    f"layernorm_ffn_fwd({_TENSORS}, {_NUMBERS}, int save) -> (Tensor y, Tensor s, Tensor mean, "
-    "Tensor rstd, Tensor u, Tensor g, Tensor a)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-lib.define(
-    f"layernorm_ffn_bwd(Tensor dy, {_TENSORS}, Tensor s, Tensor mean, Tensor rstd, Tensor u, "
-    f"Tensor g, Tensor a, {_NUMBERS}, int need) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, "
-    "Tensor db2, Tensor dw_gate, Tensor db_gate, Tensor dnorm_weight, Tensor dnorm_bias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_fwd = torch.ops.fastattn.layernorm_ffn_fwd.default
-_bwd = torch.ops.fastattn.layernorm_ffn_bwd.default
+_SUFFIXES = {"cpu": "", "triton": "_triton"}
+for _suffix in _SUFFIXES.values():
+    lib.define(
+        f"layernorm_ffn{_suffix}_fwd({_TENSORS}, {_NUMBERS}, int save) -> (Tensor y, Tensor s, "
+        "Tensor mean, Tensor rstd, Tensor u, Tensor g, Tensor a)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    lib.define(
+        f"layernorm_ffn{_suffix}_bwd(Tensor dy, {_TENSORS}, Tensor s, Tensor mean, Tensor rstd, "
+        f"Tensor u, Tensor g, Tensor a, {_NUMBERS}, int need) -> (Tensor dx, Tensor dw1, "
+        "Tensor db1, Tensor dw2, Tensor db2, Tensor dw_gate, Tensor db_gate, Tensor dnorm_weight, "
+        "Tensor dnorm_bias)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 # Bits of `need`, in the order of the inputs and of the gradients.
 _DX, _DW1, _DB1, _DW2, _DB2, _DWG, _DBG, _DNW, _DNB = (1 << i for i in range(_N_INPUTS))
@@ -119,44 +121,62 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.save_for_backward(*inputs[:_N_TENSORS], *output[1:])
 
 
-def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * _N_INPUTS
-    need = ctx.need
-    grads = _bwd(dy, *ctx.saved_tensors, *ctx.numbers, need)
-    return tuple(g if need >> i & 1 else None for i, g in enumerate(grads))
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.need = _need(ctx.needs_input_grad[:_N_INPUTS])
     _remember(ctx, inputs, output)
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return (*_gradients(ctx, dy), *(None,) * (2 + _N_NUMBERS))
+class _Ops:
+    """One backend's pair of ops: fake, autograd for the compilers, autograd for eager."""
+
+    def __init__(self, suffix: str) -> None:
+        self.fwd, self.bwd = (
+            getattr(torch.ops.fastattn, f"layernorm_ffn{suffix}_{way}").default
+            for way in ("fwd", "bwd")
+        )
+        self.function = make_function(
+            "_LayerNormFFN", forward=self._eager_forward, backward=self._eager_backward
+        )
+        name = f"fastattn::layernorm_ffn{suffix}"
+        torch.library.register_fake(f"{name}_fwd", _fwd_fake, lib=lib)
+        torch.library.register_fake(f"{name}_bwd", _bwd_fake, lib=lib)
+        torch.library.register_autograd(
+            f"{name}_fwd", self._backward, setup_context=_setup, lib=lib
+        )
+
+    def _gradients(self, ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * _N_INPUTS
+        need = ctx.need
+        grads = self.bwd(dy, *ctx.saved_tensors, *ctx.numbers, need)
+        return tuple(g if need >> i & 1 else None for i, g in enumerate(grads))
+
+    def _backward(self, ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return (*self._gradients(ctx, dy), *(None,) * (2 + _N_NUMBERS))
+
+    def _eager_forward(self, ctx: Any, *args: Any) -> Tensor:
+        *inputs, (seed, numbers, recompute) = args
+        ctx.need = need = _need(ctx.needs_input_grad[:_N_INPUTS])
+        save = save_flags(need, numbers, inputs[5] is not None, recompute)
+        every = (*inputs, seed, *numbers, save)
+        output = below_autograd(self.fwd, every)
+        _remember(ctx, every, output)
+        return output[0]  # type: ignore[no-any-return]
+
+    def _eager_backward(self, ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is None or not torch.is_grad_enabled():
+            return (*self._gradients(ctx, dy), None)
+        *inputs, seed = ctx.saved_tensors[:_N_TENSORS]
+        needs = tuple(bool(ctx.need >> i & 1) for i in range(_N_INPUTS))
+
+        def formula(*tensors: Tensor | None) -> tuple[Tensor]:
+            return (by_reference(tensors, seed, ctx.numbers),)
+
+        return (*differentiable_gradients(formula, tuple(inputs), needs, (dy,)), None)
 
 
-def _eager_forward(ctx: Any, *args: Any) -> Tensor:
-    *inputs, (seed, numbers, recompute) = args
-    ctx.need = need = _need(ctx.needs_input_grad[:_N_INPUTS])
-    save = save_flags(need, numbers, inputs[5] is not None, recompute)
-    every = (*inputs, seed, *numbers, save)
-    output = below_autograd(_fwd, every)
-    _remember(ctx, every, output)
-    return output[0]  # type: ignore[no-any-return]
-
-
-def _eager_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-    if dy is None or not torch.is_grad_enabled():
-        return (*_gradients(ctx, dy), None)
-    *inputs, seed = ctx.saved_tensors[:_N_TENSORS]
-    needs = tuple(bool(ctx.need >> i & 1) for i in range(_N_INPUTS))
-
-    def formula(*tensors: Tensor | None) -> tuple[Tensor]:
-        return (by_reference(tensors, seed, ctx.numbers),)
-
-    return (*differentiable_gradients(formula, tuple(inputs), needs, (dy,)), None)
+_OPS = {backend: _Ops(suffix) for backend, suffix in _SUFFIXES.items()}
 
 
 def by_reference(inputs: tuple[Any, ...], seed: Tensor | None, n: Numbers) -> Tensor:
@@ -169,28 +189,23 @@ def by_reference(inputs: tuple[Any, ...], seed: Tensor | None, n: Numbers) -> Te
     )  # fmt: skip
 
 
-_Function = make_function("_LayerNormFFN", forward=_eager_forward, backward=_eager_backward)
-
-
 def forward(
-    inputs: tuple[Any, ...], seed: Tensor | None, numbers: Numbers, recompute: int
+    inputs: tuple[Any, ...],
+    seed: Tensor | None,
+    numbers: Numbers,
+    recompute: int,
+    backend: str = "cpu",
 ) -> Tensor:
-    """By the kernels, with autograd; inputs: x, w1, b1, w2, b2, w_gate, b_gate, norm_weight,
-    norm_bias."""
+    """By a backend's kernels, with autograd; inputs: x, w1, b1, w2, b2, w_gate, b_gate,
+    norm_weight, norm_bias."""
+    ops = _OPS[backend]
     if torch.compiler.is_compiling():
         # Which inputs need a gradient is not known to an op while compiling.
         save = save_flags(511, numbers, inputs[5] is not None, recompute)
         save = save if wants_grad(*inputs) else 0
-        return _fwd(*inputs, seed, *numbers, save)[0]  # type: ignore[no-any-return]
+        return ops.fwd(*inputs, seed, *numbers, save)[0]  # type: ignore[no-any-return]
     if transformed():
         return by_reference(inputs, seed, numbers)
     if wants_grad(*inputs):
-        return _Function.apply(*inputs, (seed, numbers, recompute))  # type: ignore[no-any-return]
-    return below_autograd(_fwd, (*inputs, seed, *numbers, 0))[0]  # type: ignore[no-any-return]
-
-
-torch.library.register_fake("fastattn::layernorm_ffn_fwd", _fwd_fake, lib=lib)
-torch.library.register_fake("fastattn::layernorm_ffn_bwd", _bwd_fake, lib=lib)
-torch.library.register_autograd(
-    "fastattn::layernorm_ffn_fwd", _backward, setup_context=_setup, lib=lib
-)
+        return ops.function.apply(*inputs, (seed, numbers, recompute))  # type: ignore[no-any-return]
+    return below_autograd(ops.fwd, (*inputs, seed, *numbers, 0))[0]  # type: ignore[no-any-return]
