@@ -22,6 +22,9 @@ explicit backend that cannot serve a call raises; ``auto`` takes the next one th
 
 ``layernorm_ffn`` takes CUDA C++ first, on every NVIDIA GPU, where a call is narrow enough for the
 whole block in one kernel to pay (:func:`ffn_block_pays`), and never otherwise.
+``auto`` tries a backend only for the ops that it has kernels of: norms and bias_act have Triton's
+alone, whatever the row says. They are bound by memory, and a pass in any language moves the same
+bytes.
 
 GPU kernels check themselves at first use (fastattn.first_use); none was timed on hardware yet, so
 the order is arithmetic. fp64 and head_dim above 256 go to plain PyTorch, with one warning, as does
@@ -66,9 +69,19 @@ _AUTO: dict[str, tuple[str, ...]] = {
 }
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
-_GPU_OPS = ("attention", "attention_varlen")  # what they have kernels of, up to now
-_CUDA_OPS = (*_GPU_OPS, "layernorm_ffn")
+# What the GPU backends have kernels of, up to now; any number of features and hidden features, but
+# CUDA C++'s layernorm_ffn.
+_ATTENTION = ("attention", "attention_varlen")
+_ROW_OPS = ("layer_norm", "rms_norm", "add_layer_norm", "bias_act", "layernorm_ffn")
+_GPU_OPS: dict[str, tuple[str, ...]] = {
+    "triton": (*_ATTENTION, *_ROW_OPS),
+    "cuda": (*_ATTENTION, "layernorm_ffn"),
+}
 _FFN_MAX_WIDTH = 256  # columns of x and y that the CUDA C++ kernel of layernorm_ffn serves
+
+# Where Triton's layernorm_ffn is one kernel: see whole_block.
+_BLOCK_ROWS, _BLOCK_ROWS_WIDE = 4096, 1024
+_BLOCK_FEATURES, _BLOCK_FEATURES_FP32 = 256, 64
 
 # The oldest driver of each CUDA runtime's generation (CUDA's "minor version compatibility": within
 # a major version any runtime works with any driver). The wheel's PTX wants the same one, as long as
@@ -273,7 +286,7 @@ def _why_not(
         if dtype not in _KERNEL_DTYPES:
             return f"it supports float32, bfloat16 and float16, got q.dtype {dtype}"
         return None
-    if op not in (_CUDA_OPS if backend == "cuda" else _GPU_OPS):
+    if op not in _GPU_OPS[backend]:
         return f"it has no kernel of {op}"
     if backend == "triton":
         missing = _triton_missing()
@@ -288,7 +301,7 @@ def _why_not(
             return f"it takes CUDA tensors, got device {device!r}"
         if device == "cuda" and not _new_enough():
             return "Triton needs a GPU of compute capability 8.0 or later"
-        return _why_not_the_values(dtype, head_dim)
+        return _why_not_the_values(dtype, head_dim if op in _ATTENTION else 0)
     if device == "cpu" and not cuda_stand_in:
         return "it takes CUDA tensors, got device 'cpu'"
     if device not in ("cuda", "cpu"):
@@ -321,6 +334,23 @@ def _why_not_the_ffn(dtype: torch.dtype, width: int) -> str | None:
             f"got {width}"
         )
     return None
+
+
+def whole_block(rows: int, features: int, features_out: int, dtype: torch.dtype) -> bool:
+    """Whether layernorm_ffn on a GPU is one kernel (kernels/layernorm_ffn_block.py) or GEMMs with
+    passes around: one, where launches decide.
+
+    The composition launches five kernels, about 3 us each where the GPU waits for the CPU, so the
+    block gains 12 us. The composition moves 8 F bytes a row of hidden layer, in 16 bit and at an
+    H100's 3.35 TB/s with F = 4 D 1.2 ns a row at D = 128 and 2.4 at D = 256. The block reads all
+    weights, 4 D F bytes, a tile of rows, from L2 at about 5.5 TB/s: 1.5 ns a row at D = 128 (32
+    rows), 12 at D = 256 (16). So it wins up to 40000 and 1200 rows; 4096 and 1024 leave room for
+    the estimate (from peaks; not timed). Beyond 256 features, 64 in fp32, registers cannot hold a
+    tile. dtype: the weights'.
+    """
+    widest = max(features, features_out)
+    most = _BLOCK_FEATURES_FP32 if dtype == torch.float32 else _BLOCK_FEATURES
+    return widest <= most and rows <= (_BLOCK_ROWS if widest <= 128 else _BLOCK_ROWS_WIDE)
 
 
 def can_serve(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int) -> bool:
@@ -422,7 +452,7 @@ def _select(
             break
     slow = candidate == "reference" and not (device == "cpu" and dtype == torch.float64)
     if slow and not torch.compiler.is_compiling():
-        memory = "memory Sq x Sk, " if op in _GPU_OPS else ""
+        memory = "memory Sq x Sk, " if op in _ATTENTION else ""
         warnings.warn(
             f"fastattn::{op} runs the plain PyTorch reference for {dtype} on {device!r} "
             f"({memory}no fused kernel); see fastattn.backends()",

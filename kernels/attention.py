@@ -8,10 +8,8 @@ partial sums of a broadcast bias gradient, 4 D bytes a row of dq with ``determin
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from fastattn.kernels.contract import (
     WEIGHTS_NONE,
     empty_as,
 )
-from fastattn.kernels.launch import launch
+from fastattn.kernels.launch import device_of, launch
 
 _LOG2E = 1.4426950408889634
 _TINY = torch.finfo(torch.float32).tiny
@@ -63,7 +61,7 @@ def attention_forward(
     values = call.values | {
         "o_ptr": o, "stride_o": call.strides(o), "lse_ptr": lse, "lse_lo_ptr": lse_lo,
     }  # fmt: skip
-    with _device_of(q):
+    with device_of(q):
         call.run(fwd.forward_kernel, call.row_tiles, "fwd", values)
         weights = _weights(call, values)
     return o, lse, lse_lo, weights
@@ -135,7 +133,7 @@ def attention_backward(
         "dw_scale": 1.0 / max(heads_in_mean, 1),
         "lse_ptr": lse, "lse_lo_ptr": lse_lo, "delta_ptr": delta, "lse_units_ptr": lse_units,
     }  # fmt: skip
-    with _device_of(q):
+    with device_of(q):
         call.run(bwd.prepare_kernel, call.row_tiles, "rows", values)
         values["lse_ptr"] = lse_units
         by_keys, by_rows = dk is not None or dv is not None, dq is not None
@@ -327,16 +325,6 @@ class _Call:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-
-
-@contextlib.contextmanager
-def _device_of(x: Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            yield
-    else:
-        yield
 
 
 def _block(width: int) -> int:

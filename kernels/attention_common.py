@@ -14,6 +14,8 @@ the sequence, shaped so that they broadcast to the tile, which may be (rows, key
 import triton
 import triton.language as tl
 
+from fastattn.kernels.philox import keep_tile
+
 CAUSAL_NONE = tl.constexpr(0)
 CAUSAL_TOP_LEFT = tl.constexpr(1)
 CAUSAL_BOTTOM_RIGHT = tl.constexpr(2)
@@ -265,17 +267,9 @@ def slope_of(alibi_ptr, stride_alibi, b, h):
 def dropout_keep(
     seed, bh, first_i, first_j, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Bool (BLOCK_M, BLOCK_N): False where Philox's word for (i, j) is below the threshold.
-
-    Key = the seed, counter = (j >> 2, i, b H + h, 0), word j & 3: four columns a call. first_j is a
-    multiple of 4 (of a tile).
-    """
+    """:func:`keep_tile` of the counter (j >> 2, i, b H + h, 0)."""
     i = first_i + tl.arange(0, BLOCK_M)
-    group = first_j // 4 + tl.arange(0, BLOCK_N // 4)
-    zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, zero + group[None, :], zero + i[:, None], zero + bh, zero)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return words.to(tl.int64) >= threshold
+    return keep_tile(seed, first_j, i, bh, 0, threshold, BLOCK_M, BLOCK_N)
 
 
 # ---- a row's lse -------------------------------------------------------------------------------

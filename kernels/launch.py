@@ -6,8 +6,12 @@ compile them ahead of time, or check them with a sanitizer, all from the launche
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
 
 Grid = tuple[int, ...]
 Hook = Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], bool]
@@ -21,3 +25,13 @@ def launch(kernel: Any, grid: Grid, *args: Any, **meta: Any) -> None:
     if hook is not None and hook(kernel, grid, args, meta):
         return
     kernel[grid](*args, **meta)
+
+
+@contextlib.contextmanager
+def device_of(x: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            yield
+    else:
+        yield

@@ -61,6 +61,7 @@ SHIPPED_LAYERS = {
         "csrc/cuda/layernorm_ffn_fwd.cu",
         "csrc/bindings/layernorm_ffn.cpp",
         "csrc/bindings/layernorm_ffn_cuda.cpp",
+        "kernels/layernorm_ffn.py",
         "fastattn/ops/layernorm_ffn.py",
         "fastattn/nn/layernorm_ffn.py",
         "fastattn/reference/layernorm_ffn.py",

@@ -398,7 +398,8 @@ def fake_grads(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tens
             found[id(node.variable)] = slots[0]
         elif slots:
             arguments = [slots.get(i) for i in range(len(node._input_metadata))]
-            grads = node.apply(*arguments) if hasattr(node, "apply") else node(*arguments)
+            with torch.no_grad():  # as the engine, without create_graph
+                grads = node.apply(*arguments) if hasattr(node, "apply") else node(*arguments)
         grads = grads if isinstance(grads, tuple) else (grads,)
         if len(grads) > len(node.next_functions):  # a Function's inputs that are no tensors: None
             there = iter([g for g in grads if g is not None])

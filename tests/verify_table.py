@@ -18,8 +18,19 @@ from rich.table import Table
 ROWS = {
     "rungs.test_attention_semantics": ("attention", "triton", "sanitizer on Triton's IR (ttsem)"),
     "rungs.test_attention_driver": ("attention", "triton", "Triton's launcher, stand-in driver"),
-    "rungs.test_budget": ("attention", "triton", "machine code within budget"),
-    "rungs.test_mutants": ("attention", "triton", "planted bugs caught"),
+    "rungs.test_layernorm_semantics": (
+        "layernorm_ffn",
+        "triton",
+        "sanitizer on Triton's IR (ttsem)",
+    ),
+    "rungs.test_layernorm_driver": (
+        "layernorm_ffn",
+        "triton",
+        "Triton's launcher, stand-in driver",
+    ),
+    "rungs.test_layernorm_first_use": ("layernorm_ffn", "triton", "first-use check"),
+    "rungs.test_budget": ("all", "triton", "machine code within budget"),
+    "rungs.test_mutants": ("all", "triton", "planted bugs caught"),
     "rungs.test_first_use": ("attention", "triton", "first-use check"),
     "sim.test_attention_triton_ptx": ("attention", "triton", "sm_80 PTX in the simulator"),
     "sim.test_attention_cuda": (

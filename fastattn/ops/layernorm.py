@@ -13,6 +13,8 @@ from fastattn import reference
 from fastattn.backends import select
 from fastattn.ops import layernorm_checks as check
 from fastattn.ops import layernorm_op as op
+from fastattn.ops import layernorm_triton  # noqa: F401  registers implementations
+from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import fail, seed_tensor
 
 NormName = Literal["layer", "rms"]
@@ -33,14 +35,15 @@ def layer_norm(
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimensions, as F.layer_norm.
 
     Ba et al., "Layer Normalization", arXiv:1607.06450. Statistics are fp32 whatever x is, in two
-    passes, never E[x^2] - mean^2; a row whose squares overflow fp32 is done in fp64.
+    passes, never E[x^2] - mean^2; a row whose squares overflow fp32 is done again without
+    (in fp64 on the CPU, scaled on a GPU).
 
     Args:
         x: (*, *normalized_shape), float32, bfloat16, float16 or float64; any strides.
         normalized_shape: the last dimensions of x, an int for one.
         weight, bias: of normalized_shape, of any float dtype beside a 16-bit x.
         eps: added to the variance. Default 1e-5.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         x's shape and dtype, contiguous. Saved for the backward: x, weight, and 8 bytes a row.
@@ -56,9 +59,13 @@ def layer_norm(
     """
     name = "layer_norm"
     shape = _check(name, x, normalized_shape, weight, bias, eps)
-    if select(name, backend, x.device.type, x.dtype) == "reference":
+    chosen = select(name, backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return reference.layer_norm(x, shape, weight, bias, eps)
-    return op.add_norm(x, None, weight, bias, None, 1, eps, 0.0, math.prod(shape))[0]
+    with as_named(backend, chosen):
+        return op.add_norm(
+            x, None, weight, bias, None, 1, eps, 0.0, math.prod(shape), backend=chosen
+        )[0]
 
 
 def rms_norm(
@@ -78,7 +85,7 @@ def rms_norm(
         normalized_shape: the last dimensions of x, an int for one.
         weight: of normalized_shape, of any float dtype beside a 16-bit x.
         eps: added to the mean square. Default (None): ``torch.finfo(x.dtype).eps``, as torch.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         x's shape and dtype, contiguous. Saved for the backward: x, weight, and 4 bytes a row.
@@ -94,10 +101,14 @@ def rms_norm(
     if eps is None and isinstance(x, Tensor) and x.is_floating_point():
         eps = torch.finfo(x.dtype).eps
     shape = _check(name, x, normalized_shape, weight, None, eps)
-    if select(name, backend, x.device.type, x.dtype) == "reference":
+    chosen = select(name, backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return reference.rms_norm(x, shape, weight, eps)
     assert eps is not None
-    return op.add_norm(x, None, weight, None, None, 2, eps, 0.0, math.prod(shape))[0]
+    with as_named(backend, chosen):
+        return op.add_norm(
+            x, None, weight, None, None, 2, eps, 0.0, math.prod(shape), backend=chosen
+        )[0]
 
 
 def _check(
@@ -140,7 +151,7 @@ def add_layer_norm(
         eps: added to the variance. Default 1e-5.
         dropout_p: probability in [0, 1) with which an element of x is dropped.
         seed: int or 1-element int64 tensor that fixes the mask; None draws one from torch.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         norm(s) and s, of residual's dtype (x's without one). Both are differentiable. s is x itself
@@ -174,11 +185,15 @@ def add_layer_norm(
     if seed is not None or dropout_p != 0.0:
         check.check_probability(name, "dropout_p", dropout_p)
         seed = seed_tensor(name, seed, dropout_p, x)
-    if select(name, backend, x.device.type, x.dtype) == "reference":
+    chosen = select(name, backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return reference.add_layer_norm(
             x, residual, weight, bias, norm=norm, eps=eps, dropout_p=dropout_p, seed=seed
         )
-    return op.add_norm(x, residual, weight, bias, seed, code, eps, dropout_p, columns)
+    with as_named(backend, chosen):
+        return op.add_norm(
+            x, residual, weight, bias, seed, code, eps, dropout_p, columns, backend=chosen
+        )
 
 
 def bias_act(
@@ -205,7 +220,7 @@ def bias_act(
         gate_bias: (F,), only with gate.
         dropout_p: probability in [0, 1) with which an element is dropped.
         seed: int or 1-element int64 tensor that fixes the mask; None draws one from torch.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         x's shape and dtype, contiguous. Saved for the backward: the inputs.
@@ -234,9 +249,11 @@ def bias_act(
     if seed is not None or dropout_p != 0.0:
         check.check_probability(name, "dropout_p", dropout_p)
         seed = seed_tensor(name, seed, dropout_p, x)
-    if select(name, backend, x.device.type, x.dtype) == "reference":
+    chosen = select(name, backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return reference.bias_act(
             x, bias, activation=activation, gate=gate, gate_bias=gate_bias, dropout_p=dropout_p,
             seed=seed,
         )  # fmt: skip
-    return op.bias_act(x, bias, gate, gate_bias, seed, code, dropout_p)
+    with as_named(backend, chosen):
+        return op.bias_act(x, bias, gate, gate_bias, seed, code, dropout_p, chosen)

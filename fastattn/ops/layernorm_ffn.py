@@ -67,8 +67,8 @@ def layernorm_ffn(
         dropout_p: of the result, before the residual. hidden_dropout_p: of the hidden layer.
         seed: int or 1-element int64 tensor that fixes both masks; None draws one from torch.
         recompute: what the backward computes again instead of reading it, see below.
-        backend: "auto", "cpu", "cuda" or "reference". "cuda" is one kernel for the whole block, for
-            up to 256 columns of x and y; it never writes the hidden layer to memory.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". "cuda" is one kernel for the whole
+            block, for up to 256 columns of x and y; it never writes the hidden layer to memory.
 
     Returns:
         (*, D) in x's dtype, contiguous.

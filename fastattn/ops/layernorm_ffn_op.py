@@ -1,9 +1,10 @@
 """The torch.library ops beneath ``fastattn.layernorm_ffn``: schema, fake, autograd.
 
-The CPU kernels are in csrc/bindings/layernorm_ffn.cpp; ``layernorm_ffn_cuda_*`` are the same ops
-on the CUDA C++ kernels (layernorm_ffn_cuda.py). What the forward saves follows from ``recompute``
-and from what needs a gradient: see :func:`save_flags`. The CUDA C++ kernels never write the hidden
-layer to memory: there every ``recompute`` is "all", and u, g and a are empty.
+The CPU kernels are in csrc/bindings/layernorm_ffn.cpp; ``layernorm_ffn_triton_*`` and
+``layernorm_ffn_cuda_*`` are the same ops on Triton's (layernorm_triton.py) and the CUDA C++ kernels
+(layernorm_ffn_cuda.py). What the forward saves follows from ``recompute`` and from what needs a
+gradient: see :func:`save_flags`. The CUDA C++ kernels never write the hidden layer to memory: there
+every ``recompute`` is "all", and u, g and a are empty.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NUMBERS = (
     "float hidden_dropout_p"
 )
 _N_INPUTS, _N_TENSORS, _N_NUMBERS = 9, 10, 7
-_SUFFIXES = {"cpu": "", "cuda": "_cuda"}
+_SUFFIXES = {"cpu": "", "triton": "_triton", "cuda": "_cuda"}
 _SAVE_NOTHING_HIDDEN = ("cuda",)
 for _suffix in _SUFFIXES.values():
     lib.define(

@@ -3,7 +3,8 @@ schema, fake, autograd.
 
 ``add_layer_norm_fwd`` is one pass, ``s = residual + dropout(x)``, ``y = norm(s)``; layer_norm and
 rms_norm are calls of it without a residual. The last dimensions, ``columns`` elements of them, are
-one row. The CPU kernels are in csrc/bindings/layernorm.cpp.
+one row. The CPU kernels are in csrc/bindings/layernorm.cpp; ``*_triton_*`` are the same ops on the
+Triton kernels (layernorm_triton.py), and everything here serves both.
 """
 
 from __future__ import annotations
@@ -33,34 +34,38 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 lib = torch.library.Library("fastattn", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-lib.define(
-    "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, "
-    "int norm, float eps, float dropout_p, SymInt columns, int keep)"
-    " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
-    tags=_TAGS,
-)
-lib.define(
-    "add_layer_norm_bwd(Tensor? dy, Tensor? ds, Tensor s, Tensor mean, Tensor rstd, "
-    "Tensor? weight, Tensor? bias, Tensor? seed, int norm, float dropout_p, SymInt columns, "
-    "int x_dtype, int need)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    tags=_TAGS,
-)
-lib.define(
-    "bias_act_fwd(Tensor x, Tensor? bias, Tensor? gate, Tensor? gate_bias, Tensor? seed, int act, "
-    "float dropout_p) -> Tensor",
-    tags=_TAGS,
-)
-lib.define(
-    "bias_act_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? gate, Tensor? gate_bias, "
-    "Tensor? seed, int act, float dropout_p, int need)"
-    " -> (Tensor dx, Tensor dbias, Tensor dgate, Tensor dgate_bias)",
-    tags=_TAGS,
-)
-_norm_fwd = torch.ops.fastattn.add_layer_norm_fwd.default
-_norm_bwd = torch.ops.fastattn.add_layer_norm_bwd.default
-_act_fwd = torch.ops.fastattn.bias_act_fwd.default
-_act_bwd = torch.ops.fastattn.bias_act_bwd.default
+# The C++ kernels behind the CPU key, and the Triton kernels (layernorm_triton.py): one schema.
+_SUFFIXES = {"cpu": "", "triton": "_triton"}
+for _suffix in _SUFFIXES.values():
+    lib.define(
+        f"add_layer_norm{_suffix}_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+        "Tensor? seed, int norm, float eps, float dropout_p, SymInt columns, int keep)"
+        " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+        tags=_TAGS,
+    )
+    lib.define(
+        f"add_layer_norm{_suffix}_bwd(Tensor? dy, Tensor? ds, Tensor s, Tensor mean, Tensor rstd, "
+        "Tensor? weight, Tensor? bias, Tensor? seed, int norm, float dropout_p, SymInt columns, "
+        "int x_dtype, int need)"
+        " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+        tags=_TAGS,
+    )
+    lib.define(
+        f"bias_act{_suffix}_fwd(Tensor x, Tensor? bias, Tensor? gate, Tensor? gate_bias, "
+        "Tensor? seed, int act, float dropout_p) -> Tensor",
+        tags=_TAGS,
+    )
+    lib.define(
+        f"bias_act{_suffix}_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? gate, "
+        "Tensor? gate_bias, Tensor? seed, int act, float dropout_p, int need)"
+        " -> (Tensor dx, Tensor dbias, Tensor dgate, Tensor dgate_bias)",
+        tags=_TAGS,
+    )
+
+
+def _op(name: str, suffix: str, direction: str) -> Any:
+    return getattr(torch.ops.fastattn, f"{name}{suffix}_{direction}").default
+
 
 _DX, _DRESIDUAL, _DWEIGHT, _DBIAS = 1, 2, 4, 8  # of both backwards, in the order of the results
 
@@ -122,14 +127,14 @@ def _norm_remember(ctx: Any, needs: tuple[bool, ...], args: Any, output: Any) ->
     ctx.save_for_backward(s, mean, rstd, weight, bias, seed)
 
 
-def _norm_gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Any, ...]:
-    """Of x, residual, weight, bias, by the kernels."""
+def _norm_gradients(bwd: Any, ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Any, ...]:
+    """Of x, residual, weight, bias, by the kernels of the op ``bwd``."""
     if dy is None and ds is None:
         return (None,) * 4
     s, mean, rstd, weight, bias, seed = ctx.saved_tensors
     norm, dropout_p, columns, x_dtype = ctx.numbers
     need = ctx.need
-    dx, dres, dw, db = _norm_bwd(
+    dx, dres, dw, db = bwd(
         dy, ds, s, mean, rstd, weight, bias, seed, norm, dropout_p, columns, _DTYPE_CODES[x_dtype],
         need,
     )  # fmt: skip
@@ -180,41 +185,56 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     _norm_remember(ctx, tuple(ctx.needs_input_grad[:4]), inputs, output)
 
 
-def _norm_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if ds is not None and ds.numel() == 0:  # s is not there: see _norm_fwd_fake
-        ds = None
-    return (*_norm_gradients(ctx, dy, ds), *(None,) * 6)
+class _NormOps:
+    """One backend's pair of ops: fake, autograd for the compilers, autograd for eager."""
+
+    def __init__(self, suffix: str) -> None:
+        self.fwd, self.bwd = (_op("add_layer_norm", suffix, way) for way in ("fwd", "bwd"))
+        self.function = make_function(
+            "_AddLayerNorm", forward=self._eager_forward, backward=self._eager_backward
+        )
+        name = f"fastattn::add_layer_norm{suffix}"
+        torch.library.register_fake(f"{name}_fwd", _norm_fwd_fake, lib=lib)
+        torch.library.register_fake(f"{name}_bwd", _norm_bwd_fake, lib=lib)
+        torch.library.register_autograd(
+            f"{name}_fwd", self._backward, setup_context=_norm_setup, lib=lib
+        )
+
+    def _backward(self, ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if ds is not None and ds.numel() == 0:  # s is not there: see _norm_fwd_fake
+            ds = None
+        return (*_norm_gradients(self.bwd, ctx, dy, ds), *(None,) * 6)
+
+    def _eager_forward(
+        self, ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, rest: Any
+    ) -> Any:
+        args = (x, residual, weight, bias, *rest)
+        output = below_autograd(self.fwd, args)
+        _norm_remember(ctx, ctx.needs_input_grad[:4], args, output)
+        # Without a sum of its own there is one result.
+        return output[:2] if output[1].numel() else output[0]
+
+    def _eager_backward(self, ctx: Any, dy: Any, ds: Any = None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return (*_norm_gradients_again(ctx, dy, ds), None)
+        return (*_norm_gradients(self.bwd, ctx, dy, ds), None)
 
 
-def _norm_eager_forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, rest: Any) -> Any:
-    args = (x, residual, weight, bias, *rest)
-    output = below_autograd(_norm_fwd, args)
-    _norm_remember(ctx, ctx.needs_input_grad[:4], args, output)
-    # Without a sum of its own there is one result.
-    return output[:2] if output[1].numel() else output[0]
-
-
-def _norm_eager_backward(ctx: Any, dy: Any, ds: Any = None) -> tuple[Any, ...]:
-    gradients = _norm_gradients_again if torch.is_grad_enabled() else _norm_gradients
-    return (*gradients(ctx, dy, ds), None)
-
-
-_NormFunction = make_function(
-    "_AddLayerNorm", forward=_norm_eager_forward, backward=_norm_eager_backward
-)
+_NORM_OPS = {backend: _NormOps(suffix) for backend, suffix in _SUFFIXES.items()}
 
 
 def add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     seed: Tensor | None, norm: int, eps: float, dropout_p: float, columns: int,
-    want_sum: bool = True,
+    want_sum: bool = True, backend: str = "cpu",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and s by the kernels, with autograd; without want_sum s may be anything."""
+    """y and s by a backend's kernels, with autograd; without want_sum s may be anything."""
+    ops = _NORM_OPS[backend]
     if norm == 0 and residual is None and not dropout_p:
         return x, x
     rest = (seed, norm, eps, dropout_p, columns)
     if torch.compiler.is_compiling():
-        y, s, _, _ = _norm_fwd(x, residual, weight, bias, *rest, KEEP_STATS | KEEP_SUM)
+        y, s, _, _ = ops.fwd(x, residual, weight, bias, *rest, KEEP_STATS | KEEP_SUM)
     elif transformed():
         flat = [None if p is None else p.reshape(columns) for p in (weight, bias)]
         other = None if residual is None else residual.reshape(-1, columns)
@@ -224,21 +244,14 @@ def add_norm(
         )  # fmt: skip
         y, s = y.view(x.shape), s.view(x.shape)
     elif wants_grad(x, residual, weight, bias):
-        found = _NormFunction.apply(x, residual, weight, bias, (*rest, KEEP_STATS | KEEP_SUM))
+        found = ops.function.apply(x, residual, weight, bias, (*rest, KEEP_STATS | KEEP_SUM))
         y, s = found if isinstance(found, tuple) else (found, found)
     else:
         keep = KEEP_SUM if want_sum else 0
-        y, s, _, _ = below_autograd(_norm_fwd, (x, residual, weight, bias, *rest, keep))
+        y, s, _, _ = below_autograd(ops.fwd, (x, residual, weight, bias, *rest, keep))
     if residual is None and not dropout_p:
         return y, x
     return y, s if norm else y
-
-
-torch.library.register_fake("fastattn::add_layer_norm_fwd", _norm_fwd_fake, lib=lib)
-torch.library.register_fake("fastattn::add_layer_norm_bwd", _norm_bwd_fake, lib=lib)
-torch.library.register_autograd(
-    "fastattn::add_layer_norm_fwd", _norm_backward, setup_context=_norm_setup, lib=lib
-)
 
 
 # ------------------------------------------------------------------------------------- activation
@@ -267,11 +280,11 @@ def _act_remember(ctx: Any, needs: tuple[bool, ...], args: tuple[Any, ...]) -> N
     ctx.save_for_backward(*args[:5])
 
 
-def _act_gradients(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+def _act_gradients(bwd: Any, ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 4
     need = ctx.need
-    grads = _act_bwd(dy, *ctx.saved_tensors, *ctx.numbers, need)
+    grads = bwd(dy, *ctx.saved_tensors, *ctx.numbers, need)
     return tuple(g if need >> i & 1 else None for i, g in enumerate(grads))
 
 
@@ -279,27 +292,40 @@ def _act_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _act_remember(ctx, tuple(ctx.needs_input_grad[:4]), inputs)
 
 
-def _act_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-    return (*_act_gradients(ctx, dy), None, None, None)
+class _ActOps:
+    """One backend's pair of ops: fake, autograd for the compilers, autograd for eager."""
 
+    def __init__(self, suffix: str) -> None:
+        self.fwd, self.bwd = (_op("bias_act", suffix, way) for way in ("fwd", "bwd"))
+        self.function = make_function(
+            "_BiasAct", forward=self._eager_forward, backward=self._eager_backward
+        )
+        name = f"fastattn::bias_act{suffix}"
+        torch.library.register_fake(f"{name}_fwd", _act_fwd_fake, lib=lib)
+        torch.library.register_fake(f"{name}_bwd", _act_bwd_fake, lib=lib)
+        torch.library.register_autograd(
+            f"{name}_fwd", self._backward, setup_context=_act_setup, lib=lib
+        )
 
-def _act_eager_forward(ctx: Any, *args: Any) -> Any:
-    inputs = (*args[:4], *args[4])
-    _act_remember(ctx, ctx.needs_input_grad[:4], inputs)
-    return below_autograd(_act_fwd, inputs)
+    def _backward(self, ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        return (*_act_gradients(self.bwd, ctx, dy), None, None, None)
 
+    def _eager_forward(self, ctx: Any, *args: Any) -> Any:
+        inputs = (*args[:4], *args[4])
+        _act_remember(ctx, ctx.needs_input_grad[:4], inputs)
+        return below_autograd(self.fwd, inputs)
 
-def _act_eager_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-    if dy is None or not torch.is_grad_enabled():
-        return (*_act_gradients(ctx, dy), None)
-    *inputs, seed = ctx.saved_tensors
-    needs = tuple(bool(ctx.need >> i & 1) for i in range(4))
+    def _eager_backward(self, ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is None or not torch.is_grad_enabled():
+            return (*_act_gradients(self.bwd, ctx, dy), None)
+        *inputs, seed = ctx.saved_tensors
+        needs = tuple(bool(ctx.need >> i & 1) for i in range(4))
 
-    def formula(*tensors: Any) -> tuple[Tensor]:
-        x, bias, gate, gate_bias = tensors
-        return (_reference_act(x, bias, gate, gate_bias, seed, *ctx.numbers),)
+        def formula(*tensors: Any) -> tuple[Tensor]:
+            x, bias, gate, gate_bias = tensors
+            return (_reference_act(x, bias, gate, gate_bias, seed, *ctx.numbers),)
 
-    return (*differentiable_gradients(formula, tuple(inputs), needs, (dy,)), None)
+        return (*differentiable_gradients(formula, tuple(inputs), needs, (dy,)), None)
 
 
 def _reference_act(
@@ -312,28 +338,22 @@ def _reference_act(
     )  # fmt: skip
 
 
-_ActFunction = make_function("_BiasAct", forward=_act_eager_forward, backward=_act_eager_backward)
+_ACT_OPS = {backend: _ActOps(suffix) for backend, suffix in _SUFFIXES.items()}
 
 
 def bias_act(
     x: Tensor, bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None,
-    seed: Tensor | None, act: int, dropout_p: float,
+    seed: Tensor | None, act: int, dropout_p: float, backend: str = "cpu",
 ) -> Tensor:  # fmt: skip
-    """By the kernels, with autograd."""
+    """By a backend's kernels, with autograd."""
+    ops = _ACT_OPS[backend]
     args = (x, bias, gate, gate_bias, seed, act, dropout_p)
     if torch.compiler.is_compiling():
-        return _act_fwd(*args)  # type: ignore[no-any-return]
+        return ops.fwd(*args)  # type: ignore[no-any-return]
     if transformed():
         return _reference_act(*args)
     if wants_grad(x, bias, gate, gate_bias):
-        return _ActFunction.apply(  # type: ignore[no-any-return]
+        return ops.function.apply(  # type: ignore[no-any-return]
             x, bias, gate, gate_bias, (seed, act, dropout_p)
         )
-    return below_autograd(_act_fwd, args)  # type: ignore[no-any-return]
-
-
-torch.library.register_fake("fastattn::bias_act_fwd", _act_fwd_fake, lib=lib)
-torch.library.register_fake("fastattn::bias_act_bwd", _act_bwd_fake, lib=lib)
-torch.library.register_autograd(
-    "fastattn::bias_act_fwd", _act_backward, setup_context=_act_setup, lib=lib
-)
+    return below_autograd(ops.fwd, args)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tools import featured
 
-from . import budget_file
+from . import budget_file, row_budget
 from .aot import ARCHS, CompileError, Figures, all_figures
 from .calls import attend, tiles_of
 from .driver import SHARED_LIMIT
@@ -26,7 +26,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (32, 64, 128, 256)
 # "everything": every branch of the kernels at once, in 16 bit. "atomics": the backward's other way.
 FEATURES = ("plain", "causal", "everything", "atomics")
-NO_DOT = ("prepare_kernel", "dsinks_kernel")  # prepare has a product only for dweights
+# prepare has a product only for dweights
+NO_DOT = (
+    "prepare_kernel", "dsinks_kernel", *row_budget.KERNELS, "ffn_block_finish_kernel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        tile = "x".join(str(self.launch.bound.get(n, "-")) for n in ("BLOCK_M", "BLOCK_N"))
-        options = f"w{self.launch.meta['num_warps']} s{self.launch.meta['num_stages']}"
+        sizes = self.launch.bound
+        columns = sizes.get("BLOCK_N", sizes.get("BLOCK_F", "-"))
+        tile = f"{sizes.get('BLOCK_M', '-')}x{columns}"
+        options = f"w{self.launch.meta['num_warps']}"
+        if "num_stages" in self.launch.meta:
+            options += f" s{self.launch.meta['num_stages']}"
         return f"{self.dtype} d{self.head_dim} {self.feature} {self.launch.name} {tile} {options}"
 
 
@@ -66,17 +73,45 @@ def launches(arch: str, dtype: torch.dtype, head_dim: int, feature: str) -> list
     return [x for x in found if keep is None or x.name in keep]
 
 
+def row_rows(
+    archs: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], features: Sequence[str],
+    kernels: Sequence[str] = row_budget.KERNELS,
+) -> Iterator[Row]:  # fmt: skip
+    """The same of layernorm_ffn and its parts; a width stands where a head dim does."""
+    for arch in archs:
+        for dtype in dtypes:
+            for n in widths:
+                for feature in features:
+                    for launch in row_budget.launches(arch, DTYPES[dtype], n, feature, kernels):
+                        yield Row(arch, dtype, n, feature, launch)
+
+
+def block_rows(archs: Sequence[str], dtypes: Sequence[str]) -> Iterator[Row]:
+    """layernorm_ffn in one kernel."""
+    of = row_budget
+    for dtype in dtypes:
+        widths = of.BLOCK_WIDTHS[: 1 if dtype == "fp32" else None]
+        yield from row_rows(archs, [dtype], widths, of.BLOCK_FEATURES, of.BLOCK_KERNELS)
+
+
 def sample() -> list[Row]:
-    """What `make verify` compiles: the usual head dims, each architecture once or twice."""
+    """What `make verify` compiles: the usual sizes, each architecture once or twice."""
     found = list(rows(ARCHS, ["bf16"], [64], ["causal"]))
     found += rows(["sm_80", "sm_90"], ["bf16"], [128], ["plain"])
     found += rows(["sm_80"], ["fp32", "fp16"], [64], ["plain"])
-    return [row for row in found if row.launch.name not in NO_DOT]
+    found = [row for row in found if row.launch.name not in NO_DOT]
+    most = ("norm_forward_kernel", "norm_backward_kernel", "act_backward_kernel")
+    found += row_rows(ARCHS, ["bf16"], [768], ["rows"], most)
+    found += row_rows(["sm_80"], ["bf16"], [768], ["everything"])
+    return [*found, *block_rows(["sm_86", "sm_90"], ["bf16"])]
 
 
 def full() -> list[Row]:
     found = list(rows(ARCHS, list(DTYPES), HEAD_DIMS, ["plain", "causal"]))
     found += rows(ARCHS, ["bf16"], [64, 128], ["everything", "atomics"])
+    found += row_rows(ARCHS, ["bf16", "fp32"], row_budget.WIDTHS, ["rows"])
+    found += row_rows(ARCHS, ["bf16", "fp32"], [768], ["everything"])
+    found += block_rows(ARCHS, ["bf16", "fp32"])
     return found
 
 

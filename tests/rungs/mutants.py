@@ -25,6 +25,7 @@ LAB = ROOT / "build" / "mutants"
 TABLE = Path(__file__).with_name("MUTATIONS.md")
 JOBS, TIMEOUT = 2, 300.0  # seconds from one answer to the next
 COLUMNS = ("interpreter", "ttsem", "driver", "budget")
+ROWS = "row_"  # how the cases of row_cases.py begin: layernorm_ffn and its parts
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ NO_ANSWER = Outcome("error", "no answer")
 
 
 def by_ttsem(name: str) -> None:
+    if name.startswith(ROWS):
+        from . import row_cases
+        from .semantics import semantics
+
+        with semantics():
+            row_cases.check(name)
+        return
     from .calls import check
     from .cases import case_named
     from .semantics import semantics
@@ -57,6 +65,13 @@ def by_interpreter(name: str) -> None:
     sys.path.insert(0, str(ROOT / "tests" / "triton"))
     import interpreter
 
+    if name.startswith(ROWS):
+        from . import row_cases
+        from .launches import unwritten_is_nan
+
+        with interpreter.interpreted(), unwritten_is_nan():
+            row_cases.check(name)
+        return
     from .calls import check
     from .cases import case_named
     from .launches import unwritten_is_nan
@@ -74,6 +89,9 @@ def by_driver(what: str) -> None:
     from .calls import attend
     from .driver import standing_in
 
+    if what.startswith(ROWS):
+        _rows_by_driver(what)
+        return
     if what == "growing":
         compiled = jit.compiles_while_growing(80)
         assert set(compiled.values()) == {1}, f"needless binaries: {compiled}"
@@ -84,15 +102,33 @@ def by_driver(what: str) -> None:
             attend(padded(b=1, h=2, hk=1, sq=37, sk=45, d=32), backward=False)
 
 
+def _rows_by_driver(what: str) -> None:
+    from ffn_tools import run
+
+    from . import row_cases, row_jit
+    from .driver import standing_in
+
+    if what == "row_growing":
+        compiled = row_jit.compiles_while_growing(80)
+        few = compiled.pop("sum_parts_kernel", 2) == 2 and set(compiled.values()) == {1}
+        assert few, f"needless binaries: {compiled}"
+    else:
+        with standing_in(80):
+            run(row_cases.case_named(what), "triton")
+
+
 def by_budget(what: str) -> None:
-    """The forward's row for bf16, head dim 64, causal on sm_80."""
+    """The forward's row for bf16, head dim 64, causal on sm_80; or those of a row op's kernels."""
     from . import budget
 
-    rows = [
-        row
-        for row in budget.rows(["sm_80"], ["bf16"], [64], ["causal"])
-        if row.launch.name == f"{what}_kernel"
-    ]
+    if what.startswith(ROWS):
+        rows = list(budget.row_rows(["sm_80"], ["bf16"], [768], ["rows"]))
+    else:
+        rows = [
+            row
+            for row in budget.rows(["sm_80"], ["bf16"], [64], ["causal"])
+            if row.launch.name == f"{what}_kernel"
+        ]
     known, wrong = budget.read()["sm_80"], []
     for row, now in zip(rows, budget.measure(rows), strict=True):
         if not isinstance(now, budget.Figures):
@@ -241,6 +277,8 @@ def panel(mutation: Mutation) -> list[str]:
     rung, _, argument = mutation.by.partition(":")
     case = mutation.case or argument
     checks = {"ttsem": f"ttsem:{case}", "driver": "driver:aligned", "budget": "budget:forward"}
+    if case.startswith(ROWS):
+        checks |= {"driver": f"driver:{case}", "budget": "budget:row_norm"}
     checks |= {rung: mutation.by}
     return [*checks.values(), f"interpreter:{case}"]  # last: it may take the process along
 
