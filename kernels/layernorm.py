@@ -48,7 +48,8 @@ _SITE = tl.constexpr(2)  # the last dropout of layernorm_ffn, fastattn.reference
 _WHOLE = {"forward": 8192, "backward": 4096}
 _TILE = {"forward": 4096, "backward": 2048}
 _WIDE = 2048
-_MOST_ROWS = 16  # with 32 rows of 64 columns ptxas spilled a few registers on sm_80
+# With more rows of 64 columns ptxas spilled a few registers (32 on sm_80, 16 in fp32 on sm_100).
+_MOST_ROWS = {"forward": 16, "backward": 8}
 # Parts of a sum over rows: 512 programs of 4 warps fill 132 SMs twice over; each adds 4 N bytes to
 # what is written, an eighth of a bf16 gradient of 8192 rows.
 _STRIPS = 512
@@ -361,7 +362,7 @@ def tile_of(columns: int, direction: str, cpu: bool) -> tuple[bool, int, int, in
     block_n = max(16, triton.next_power_of_2(columns))
     fits = block_n <= whole
     block_n = block_n if fits else wide
-    block_m = max(1, min(_MOST_ROWS, tile // block_n))
+    block_m = max(1, min(_MOST_ROWS[direction], tile // block_n))
     # A warp for 512 elements of a backward tile (16 a thread), for 1024 of a forward one.
     per_warp = 512 if direction == "backward" else 1024
     warps = 1 if cpu else min(16, max(4, block_m * block_n // per_warp))
