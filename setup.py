@@ -178,11 +178,10 @@ setup(
                 "csrc/cpu/scratch.cpp",
                 "csrc/cpu/attention.cpp",
                 "csrc/cpu/embedding.cpp",
-                "csrc/cpu/few_tokens.cpp",
                 "csrc/cpu/layernorm_ffn.cpp",
                 *(
                     f"csrc/cpu/{op}_{isa}.cpp"
-                    for op in ["attention", "embedding", "few_tokens", "layernorm_ffn"]
+                    for op in ["attention", "embedding", "layernorm_ffn"]
                     for isa in ["portable", *X86]
                 ),
             ],

@@ -144,34 +144,27 @@ Tensor attend(const Tensor& x, const Projections& w, const Opt& mask, int64_t H,
   return o;
 }
 
-// layernorm_ffn of a few tokens.
+// layernorm_ffn of a few tokens, without the op around the kernel.
 Tensor few_ffn(const Tensor& h, Ffn f) {
-  const int64_t D = h.size(-1), M = h.numel() / D, F = f.w1.size(0);
-  STD_TORCH_CHECK(f.w1.size(1) == D && f.w2.size(1) == F && f.w2.size(0) == D, "fastattn::", kOp,
-                  ": w1 and w2 must be (F, ", D, ") and (", D, ", F), got ", text(f.w1), " and ",
-                  text(f.w2));
+  FfnParams p;
+  p.D = p.Dout = h.size(-1), p.M = h.numel() / p.D, p.F = f.w1.size(0);
+  STD_TORCH_CHECK(f.w1.size(1) == p.D && f.w2.size(1) == p.F && f.w2.size(0) == p.D,
+                  "fastattn::", kOp, ": w1 and w2 must be (F, ", p.D, ") and (", p.D, ", F), got ",
+                  text(f.w1), " and ", text(f.w2));
   STD_TORCH_CHECK(f.act >= 0 && f.act <= 5, "fastattn::", kOp, ": act out of range");
-  NormParams norm;
-  norm.M = M, norm.N = D, norm.eps = float(f.eps), norm.norm = Norm::kLayer;
-  norm.weight = vec(kOp, f.norm_weight, D, "norm2_weight");
-  norm.shift = vec(kOp, f.norm_bias, D, "norm2_bias");
-  Tensor inner = h;
-  if (f.pre_norm) {
-    inner = empty(shape_of(h), DType::kF32);
-    norm.x = rows_of(h, D, DType::kF32), norm.y = rows_of(inner, D, DType::kF32);
-    norm_forward(norm, threads());
-    norm.norm = Norm::kNone, norm.weight = norm.shift = {};
-  }
-  Tensor z = empty(shape_of(h), DType::kF32), y = empty(shape_of(h), DType::kF32);
-  FewTokensFfn p;
-  p.M = M, p.D = p.Dout = D, p.F = F, p.x = rows_of(inner, D, DType::kF32);
   p.w1 = {data(f.w1), DType::kF32, f.w1.stride(0)};
   p.w2 = {data(f.w2), DType::kF32, f.w2.stride(0)};
-  p.b1 = vec(kOp, f.b1, F, "b1"), p.act = Act(f.act), p.z = rows_of(z, D, DType::kF32);
-  few_tokens_ffn(p, threads());
-  norm.x = p.z, norm.bias = vec(kOp, f.b2, D, "b2"), norm.residual = rows_of(h, D, DType::kF32);
-  norm.y = rows_of(y, D, DType::kF32);
-  norm_forward(norm, threads());
+  p.b1 = vec(kOp, f.b1, p.F, "b1"), p.act = Act(f.act);
+  p.before.M = p.after.M = p.M, p.before.N = p.after.N = p.D;
+  NormParams& norm = f.pre_norm ? p.before : p.after;
+  norm.norm = Norm::kLayer, norm.eps = float(f.eps);
+  norm.weight = vec(kOp, f.norm_weight, p.D, "norm2_weight");
+  norm.shift = vec(kOp, f.norm_bias, p.D, "norm2_bias");
+  const Rows rows = rows_of(h, p.D, DType::kF32);
+  Tensor y = empty(shape_of(h), DType::kF32);
+  p.before.x = p.after.residual = rows, p.after.y = rows_of(y, p.D, DType::kF32);
+  p.after.bias = vec(kOp, f.b2, p.D, "b2");
+  ffn_forward(p, threads());
   return y;
 }
 

@@ -3,8 +3,8 @@
 //   s = scale E[id] + P[position] + T[segment],  y = dropout(norm(s) weight + shift)
 //
 // M tokens, N features; up to three tables. Forward: rows are gathered into fp32 and go through the
-// norm pass of layernorm_ffn.h, and once more without a norm for the dropout, some rows at a time so
-// that s stays in L1. Backward: s is gathered again, ds comes from the same passes, and each
+// norm pass of layernorm_ffn.h, and once more without a norm for the dropout, some rows at a time
+// so that s stays in L1. Backward: s is gathered again, ds comes from the same passes, and each
 // table's gradient is a sum of rows of ds by index: tokens are put in order of their index by a
 // counting sort, and every row of the gradient is written once, by one worker, in token order. No
 // atomics; the thread count cannot be seen in the bits. Sums are fp32, in parts of kPart tokens,

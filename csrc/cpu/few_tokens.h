@@ -1,11 +1,11 @@
 // Products of a few tokens with large weights, fp32: the torch-free interface.
 //
-//   y_i = x W_i^T,   and   z = act(x W1^T + b1) W2^T
+//   y_i = x W_i^T
 //
 // Tokens are the lanes: x is packed once as x^T, 16 tokens a vector, and an element of W, broadcast
 // from where it lies, multiplies a vector of them. So W is read once, in order, and needs no
-// packing, which is what a library's GEMM spends most of its time on here; y^T of the first
-// product is the packed operand of the second. FLOPs 2 M N K; bytes: W. Bound by reading W from
+// packing, which is what a library's GEMM spends most of its time on here. The FFN of a few tokens
+// (ffn_few_tokens.h) is made of the same products. FLOPs 2 M N K; bytes: W. Bound by reading W from
 // beyond L2. Measured at M = 16, N = K = 384, W in L3, one thread of a busy machine: 83 us against
 // MKL's 157 us; 1536 x 384: 219 us against 393 us.
 //
@@ -30,24 +30,14 @@ struct FewTokensParams {
   int count = 0;
 };
 
-struct FewTokensFfn {
-  int64_t M = 0, D = 0, F = 0, Dout = 0;
-  Rows x, w1, w2;  // (M, D), (F, D), (Dout, F), fp32
-  Vec b1;
-  Act act = Act::kGelu;
-  Rows z;  // (M, Dout) fp32 result
-};
-
 // Whether M tokens are few enough to beat the library on the instruction set in use.
 bool few_tokens_serve(int64_t M);
 void few_tokens_products(const FewTokensParams& p, const Parallel& parallel);
-void few_tokens_ffn(const FewTokensFfn& p, const Parallel& parallel);
 
 #define FASTATTN_DECLARE_ISA(isa)                                               \
   namespace isa {                                                               \
   bool few_tokens_serve(int64_t M);                                             \
   void few_tokens_products(const FewTokensParams& p, const Parallel& parallel); \
-  void few_tokens_ffn(const FewTokensFfn& p, const Parallel& parallel);         \
   }
 FASTATTN_DECLARE_ISA(portable)
 FASTATTN_DECLARE_ISA(avx2)

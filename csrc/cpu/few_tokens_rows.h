@@ -115,25 +115,6 @@ class FewTokens {
     pack(p.x, p.M, p.K, xt.reserve(blocks(p.M) * p.K * T));
     for (int i = 0; i < p.count; ++i) product(p.products[i], p.M, p.K, xt.data(), parallel);
   }
-
-  static void ffn(const FewTokensFfn& p, const Parallel& parallel) {
-    Buffer<float> xt, at, bias_buf;
-    pack(p.x, p.M, p.D, xt.reserve(blocks(p.M) * p.D * T));
-    float* a = at.reserve(blocks(p.M) * p.F * T);
-    const float* bias = read_vec(p.b1, p.F, bias_buf);
-    over(p.M, p.F, p.D, parallel, [&](int64_t b, int64_t n0, int64_t n1, float*) FASTATTN_LAMBDA {
-      float* part = a + b * p.F * T;
-      few_rows_of<V>(p.w1, p.D, n0, n1, xt.data() + b * p.D * T, part + n0 * T);
-      with_act(p.act, [&](auto kind) FASTATTN_LAMBDA {
-        for (int64_t n = n0; n < n1; ++n) {
-          const vf shift = set1(bias ? bias[n] : 0.f);
-          for (int64_t t = n * T; t < (n + 1) * T; t += W)
-            store(part + t, activate<decltype(kind)::value>(load(part + t) + shift));
-        }
-      });
-    });
-    product({p.w2, p.Dout, p.z}, p.M, p.F, a, parallel);
-  }
 };
 
 // Blocks of as few vectors as make no more blocks. (Two where that fills blocks better than three
@@ -151,10 +132,6 @@ bool few_tokens_serve(int64_t M) { return FASTATTN_LEVEL > 0 && M <= kMostTokens
 
 void few_tokens_products(const FewTokensParams& p, const Parallel& parallel) {
   with_vectors(p.M, [&](auto few) FASTATTN_LAMBDA { few.products(p, parallel); });
-}
-
-void few_tokens_ffn(const FewTokensFfn& p, const Parallel& parallel) {
-  with_vectors(p.M, [&](auto few) FASTATTN_LAMBDA { few.ffn(p, parallel); });
 }
 
 }  // namespace FASTATTN_ISA

@@ -8,6 +8,8 @@
 #include "layernorm_rows.h"
 #include "bias_act.h"
 #include "cross_entropy_rows.h"
+#include "few_tokens_rows.h"
+#include "ffn_few_tokens.h"
 #include "ffn_few_rows.h"
 #include "ffn_blocks.h"
 #include "ffn_panels.h"
@@ -18,6 +20,11 @@ namespace FASTATTN_ISA {
 
 // A kernel that cuts rows alone wants a panel of them for every thread; the library cuts columns.
 inline bool blocks_serve(const FfnParams& p, int threads) { return p.M >= 32 * int64_t(threads); }
+#if FASTATTN_LEVEL >= 2
+inline bool panels_serve(const FfnParams& p, int threads) {
+  return PanelProducts::serve(p) && p.M >= PanelProducts::kWidth && blocks_serve(p, threads);
+}
+#endif
 
 bool ffn_serves(const FfnParams& p, int threads) {
 #if FASTATTN_LEVEL >= 3
@@ -26,9 +33,9 @@ bool ffn_serves(const FfnParams& p, int threads) {
   if (TileProducts::serve(p) && blocks_serve(p, threads) && !(saves && p.M > 256)) return true;
 #endif
 #if FASTATTN_LEVEL >= 2
-  if (PanelProducts::serve(p) && blocks_serve(p, threads)) return true;
+  if (panels_serve(p, threads)) return true;
 #endif
-  return p.M <= few_rows(false);
+  return p.M <= few_rows(false) || ffn_few_tokens_serve(p);
 }
 
 void ffn_forward(const FfnParams& p, const Parallel& parallel) {
@@ -37,9 +44,9 @@ void ffn_forward(const FfnParams& p, const Parallel& parallel) {
     return ffn_by_blocks<TileProducts>(p, parallel);
 #endif
 #if FASTATTN_LEVEL >= 2
-  if (PanelProducts::serve(p) && p.M > few_rows(false))
-    return ffn_by_blocks<PanelProducts>(p, parallel);
+  if (panels_serve(p, parallel.threads)) return ffn_by_blocks<PanelProducts>(p, parallel);
 #endif
+  if (ffn_few_tokens_serve(p)) return ffn_few_tokens(p, parallel);
   ffn_few_rows(p, parallel);
 }
 
