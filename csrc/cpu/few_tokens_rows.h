@@ -7,8 +7,7 @@ namespace FASTATTN_ISA {
 #if FASTATTN_LEVEL >= 2
 inline constexpr int kMaxVectors = 3;  // with 8 rows of W: 24 sums, 3 of x, 1 of W
 inline constexpr int kAtOnce = 8;
-inline constexpr int64_t kMostTokens =
-    144;  // at 256 the library was faster, measured as in few_tokens.h
+inline constexpr int64_t kMostTokens = 144;  // at 256 the library was faster
 #else
 inline constexpr int kMaxVectors = 2;  // of 16 registers: 8 sums, 2 of x, 1 of W
 inline constexpr int kAtOnce = 4;

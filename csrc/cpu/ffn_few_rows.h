@@ -2,8 +2,8 @@
 // straight from where they lie.
 //
 // FLOPs 4 M D F; bytes: the weights, 2 D F items. Bound by reading them up to about 8 rows, then by
-// the FMA rate. Beyond 8 rows in fp32 tokens as lanes do better (ffn_few_tokens.h), in bf16 the tile
-// unit beyond 4, in fp16 the library's GEMM beyond 16 (measured with D = 384 and 768).
+// the FMA rate. Beyond 8 rows in fp32 tokens as lanes do better (ffn_few_tokens.h), in bf16 the
+// tile unit beyond 4, in fp16 the library's GEMM beyond 16 (measured with D = 384 and 768).
 
 namespace fastattn {
 namespace FASTATTN_ISA {
