@@ -265,6 +265,15 @@ def test_a_decoder_keeps_its_causal_mask_and_cache(calls: list[Any]) -> None:
     assert not calls
 
 
+@pytest.mark.parametrize("shape", [(3, S + 1), (1, S), (3, 1), (S,), (S, 3)])
+def test_padding_of_another_shape_is_refused(shape: tuple[int, ...], calls: list[Any]) -> None:
+    layer, x = layer_and_x()
+    swap(layer)
+    with torch.no_grad(), pytest.raises(ValueError, match="key_padding_mask must be"):
+        layer(x, src_key_padding_mask=torch.zeros(shape, dtype=torch.bool))
+    assert not calls
+
+
 def op_args() -> tuple[Any, ...]:
     x, w = torch.randn(2, 5, 8), torch.randn(8, 8)
     b, g = torch.randn(8), torch.ones(8)
@@ -291,6 +300,7 @@ def test_op_as_torch_sees_it() -> None:
         (0, torch.randn(5, 8), r"x must have shape \(B, S, E\), got \(5, 8\)"),
         (2, torch.randn(8, 8).bfloat16(), "weights must have x's dtype"),
         (4, None, "wk and wv must come together"),
+        (4, torch.randn(0, 8), r"weights must have shape \(out, in\) and elements, got \(0, 8\)"),
         (8, torch.randn(7, 8), "wo must have 8 rows"),
         (18, 3, "a multiple of 3 heads"),
         (1, torch.ones(2, 1, 1, 4, dtype=torch.bool), "mask dimension 3 must be 1 or 5"),

@@ -105,3 +105,22 @@ def test_direct_calls_of_the_ops_stay_inside_their_tensors() -> None:
         ops.layernorm_ffn_fwd(X, ones(12, 9), None, ones(8, 12), None, *none, *numbers)
     with pytest.raises(RuntimeError, match="seed"):
         ops.bias_act_fwd(zeros(2, 8), None, None, None, None, 0, 0.5)
+
+
+def test_a_backward_wants_what_its_forward_saved() -> None:
+    ops = torch.ops.fastattn
+    x, stats = torch.randn(5, 8), torch.ones(5)
+    with pytest.raises(RuntimeError, match="bias must have 8 elements"):
+        ops.add_layer_norm_bwd(
+            x, None, x, stats, stats, torch.ones(8), torch.ones(1), None, 1, 0.0, 8, 0, 15
+        )
+    w1, w2 = torch.randn(12, 8), torch.randn(8, 12)
+    inputs = (x, w1, None, w2, None, None, None, None, None, None)
+    for pre_norm, drop, words in ((True, 1, "mean and rstd"), (True, 2, "mean and rstd"),
+                                  (False, 0, "s must be the forward's")):  # fmt: skip
+        numbers = (1, 1e-5, 0, pre_norm, True, 0.0, 0.0)
+        saved = list(ops.layernorm_ffn_fwd(*inputs, *numbers, 3)[1:])
+        ops.layernorm_ffn_bwd(x, *inputs, *saved, *numbers, 11)
+        saved[drop] = torch.empty(0)
+        with pytest.raises(RuntimeError, match=words):
+            ops.layernorm_ffn_bwd(x, *inputs, *saved, *numbers, 11)

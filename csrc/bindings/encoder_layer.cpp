@@ -176,9 +176,14 @@ Tensor encoder_layer(Tensor x, Opt mask, Tensor wq, Opt bq, Opt wk, Opt bk, Opt 
   STD_TORCH_CHECK(wk.has_value() == wv.has_value(), "fastattn::", kOp,
                   ": wk and wv must come together");
   const DType dtype = row_dtype(kOp, x, "x");
-  for (const Tensor* w : {&wq, &wo, &w1, &w2})
-    STD_TORCH_CHECK(w->scalar_type() == x.scalar_type(), "fastattn::", kOp,
+  const auto check = [&](const Tensor& w) {
+    STD_TORCH_CHECK(w.scalar_type() == x.scalar_type(), "fastattn::", kOp,
                     ": weights must have x's dtype");
+    STD_TORCH_CHECK(w.dim() == 2 && w.numel() > 0, "fastattn::", kOp,
+                    ": weights must have shape (out, in) and elements, got ", text(w));
+  };
+  check(wq), check(wo), check(w1), check(w2);
+  if (wk) check(*wk), check(*wv);
   x = torch::stable::contiguous(x);
   const int64_t E = x.size(2), M = x.size(0) * x.size(1);
   if (M == 0) return empty(shape_of(x), dtype);

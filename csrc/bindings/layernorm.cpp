@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(Opt dy, Opt ds, Te
     g.mean = floats(mean), g.rstd = floats(rstd);
   }
   g.weight = vec(kNorm, weight, columns, "weight");
+  vec(kNorm, bias, columns, "bias");  // its gradient has its shape
   g.dropout = dropout_site(kNorm, dropout_p, seed, kOutputSite);
   STD_TORCH_CHECK(x_dtype >= 0 && x_dtype <= 2, "fastattn::", kNorm, ": x_dtype must be 0, 1 or 2");
   const DType dtype = DType(x_dtype);

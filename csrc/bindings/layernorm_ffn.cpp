@@ -494,8 +494,11 @@ layernorm_ffn_bwd(Tensor dy, Tensor x, Tensor w1, Opt b1, Tensor w2, Opt b2, Opt
   check(u, c.M * c.F, c.dtype, "u"), check(g, c.M * c.F, c.dtype, "g");
   check(a, c.M * c.F, c.dtype, "a"), check(s, c.M * c.Dout, c.x_dtype, "s");
   check(mean, c.M, DType::kF32, "mean"), check(rstd, c.M, DType::kF32, "rstd");
-  STD_TORCH_CHECK(c.norm == Norm::kNone || rstd.numel() == c.M, "fastattn::", kOp,
-                  ": mean and rstd must be the forward's");
+  STD_TORCH_CHECK((c.norm == Norm::kNone || rstd.numel() == c.M) &&
+                      (c.norm != Norm::kLayer || mean.numel() == c.M),
+                  "fastattn::", kOp, ": mean and rstd must be the forward's");
+  STD_TORCH_CHECK(c.post == Norm::kNone || s.numel() == c.M * c.Dout, "fastattn::", kOp,
+                  ": s must be the forward's");
   const Saved saved{s, mean, rstd, u, g, a};
   Grads r = Backward(c, dy, saved, need).run();
   return {r.dx, r.dw1, r.db1, r.dw2, r.db2, r.dw_gate, r.db_gate, r.dnorm_weight, r.dnorm_bias};

@@ -172,8 +172,10 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
 
     def _in_inference(self, x: Tensor, padding: Tensor | None) -> Tensor | None:
         """The whole layer as one op where it can be: see ops/encoder_layer.py."""
-        if not serves(x, self.backend) or (padding is not None and padding.dtype != torch.bool):
+        if not serves(x, self.backend):
             return None
+        if padding is not None and (padding.dtype != torch.bool or padding.shape != x.shape[:2]):
+            return None  # the parts take another dtype, and name a wrong shape
         attention: Any = self.self_attn
         name = activation_name(self.activation)
         linear1, linear2, o = self.linear1, self.linear2, attention.out_proj
