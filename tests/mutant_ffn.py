@@ -17,7 +17,7 @@ _POINTERS = (
     "x", "residual", "bias", "weight", "shift", "y", "s", "mean", "rstd", "dy", "dsum", "ds", "dx",
     "dweight", "dshift", "dbias", "u", "g", "b1", "b_gate", "a", "da", "du", "dg", "db1", "db_gate",
     "a_again", "w1", "w_gate", "w2", "ffn_y", "ffn_u", "ffn_a", "scale", "target", "loss",
-    "dlogits", "dclass_bias",
+    "dlogits", "dclass_bias", "emb_y", "emb_dwords", "emb_dpositions", "emb_dweight", "emb_dshift",
 )  # fmt: skip
 # A result -> the argument whose shape it has.
 RESULTS = {
@@ -25,6 +25,8 @@ RESULTS = {
     "dbias": "bias", "a": "u", "du": "u", "dg": "g", "db1": "b1", "db_gate": "b_gate",
     "a_again": "u", "ffn_y": "x", "ffn_u": "u", "ffn_a": "u",
     "loss": "scale", "dlogits": "u", "dclass_bias": "b1",
+    "emb_y": "x", "emb_dwords": "w1", "emb_dpositions": "residual", "emb_dweight": "weight",
+    "emb_dshift": "shift",
 }  # fmt: skip
 
 

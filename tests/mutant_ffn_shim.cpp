@@ -1,6 +1,18 @@
-// The portable kernels of layernorm_ffn as a library of their own, for test_mutations_ffn.py: one C
-// entry point, compiled against a copy of csrc/cpu with a bug planted. fp32, contiguous.
-#include "layernorm_ffn_portable.cpp"
+// The kernels of layernorm_ffn and embedding, of the instruction set ISA, as a library of their
+// own, for test_mutations_ffn.py: one C entry point, compiled against a copy of csrc/cpu with a bug
+// planted. fp32, contiguous.
+#include SOURCE
+#include "isa.h"
+#undef FASTATTN_DISPATCH
+#define FASTATTN_DISPATCH(call) return ISA::call
+
+namespace fastattn {
+void norm_forward(const NormParams& p, const Parallel& parallel) { ISA::norm_forward(p, parallel); }
+void norm_backward(const NormGrads& p, const Parallel& parallel) {
+  ISA::norm_backward(p, parallel);
+}
+}  // namespace fastattn
+#include "embedding.cpp"
 #include "scratch.cpp"
 
 namespace {
@@ -18,6 +30,7 @@ struct MutantFfn {
   float* scale;     // (M,), of the cross-entropy of u + b1
   int64_t* target;  // (M,)
   float *loss, *dlogits, *dclass_bias;
+  float *emb_y, *emb_dwords, *emb_dpositions, *emb_dweight, *emb_dshift;  // words w1, of target
 };
 
 Rows rows(float* p, int64_t n) { return {p, DType::kF32, n}; }
@@ -41,25 +54,25 @@ extern "C" __attribute__((visibility("default"))) int mutant_ffn_run(const Mutan
   n.x = rows(c.x, c.N), n.residual = rows(c.residual, c.N), n.bias = vec(c.bias);
   n.weight = vec(c.weight), n.shift = vec(c.shift);
   n.s = rows(c.s, c.N), n.y = rows(c.y, c.N), n.mean = c.mean, n.rstd = c.rstd;
-  portable::norm_forward(n, parallel);
+  ISA::norm_forward(n, parallel);
 
   NormGrads g;
   g.M = c.M, g.N = c.N, g.norm = n.norm, g.dropout = output, g.weight = n.weight;
   g.dy = rows(c.dy, c.N), g.dsum = rows(c.dsum, c.N), g.s = n.s, g.mean = c.mean, g.rstd = c.rstd;
   g.ds = rows(c.ds, c.N), g.dx = rows(c.dx, c.N);
   g.dweight = c.dweight, g.dshift = c.dshift, g.dbias = c.dbias;
-  portable::norm_backward(g, parallel);
+  ISA::norm_backward(g, parallel);
 
   ActParams a;
   a.M = c.M, a.N = c.F, a.u = rows(c.u, c.F), a.g = rows(c.g, c.F), a.act = Act(c.act);
   a.bias = vec(c.b1), a.gate_bias = vec(c.b_gate), a.dropout = hidden, a.a = rows(c.a, c.F);
-  portable::act_forward(a, parallel);
+  ISA::act_forward(a, parallel);
 
   ActGrads d;
   d.M = c.M, d.N = c.F, d.u = a.u, d.g = a.g, d.act = a.act, d.bias = a.bias;
   d.gate_bias = a.gate_bias, d.dropout = hidden, d.da = rows(c.da, c.F), d.du = rows(c.du, c.F);
   d.dg = rows(c.dg, c.F), d.a = rows(c.a_again, c.F), d.dbias = c.db1, d.dgate_bias = c.db_gate;
-  portable::act_backward(d, parallel);
+  ISA::act_backward(d, parallel);
 
   FfnParams f;
   f.M = c.M, f.D = c.N, f.F = c.F, f.Dout = c.N, f.act = a.act, f.dropout = hidden;
@@ -69,12 +82,27 @@ extern "C" __attribute__((visibility("default"))) int mutant_ffn_run(const Mutan
   f.after.residual = n.x, f.after.y = rows(c.ffn_y, c.N);
   f.w1 = rows(c.w1, c.N), f.w_gate = rows(c.w_gate, c.N), f.w2 = rows(c.w2, c.F);
   f.b1 = a.bias, f.b_gate = a.gate_bias, f.u = rows(c.ffn_u, c.F), f.a = rows(c.ffn_a, c.F);
-  portable::ffn_forward(f, parallel);
+  ISA::ffn_forward(f, parallel);
 
   CrossEntropyParams e;
   e.M = c.M, e.V = c.F, e.logits = rows(c.dlogits, c.F), e.bias = vec(c.b1), e.target = c.target;
   e.smoothing = float(c.smoothing), e.loss = c.loss, e.gradient = true, e.scale = c.scale;
   e.dbias = c.dclass_bias;
-  portable::cross_entropy(e, parallel);
+  ISA::cross_entropy(e, parallel);
+
+  // Words are the rows of w1, positions those of residual.
+  std::vector<float> mean(c.M), rstd(c.M);
+  EmbeddingParams b;
+  b.M = c.M, b.N = c.N, b.norm = n.norm, b.weight = n.weight, b.shift = n.shift, b.eps = n.eps;
+  b.table[0] = {f.w1, c.F, {c.target, true, c.M, 0}, 1.5f};
+  b.table[1] = {n.residual, c.M, {nullptr, true, c.M, 0}, 1.f};
+  b.dropout = output, b.y = rows(c.emb_y, c.N), b.mean = mean.data(), b.rstd = rstd.data();
+  embedding_forward(b, parallel);
+  EmbeddingGrads t;
+  t.dy = g.dy, t.mean = mean.data(), t.rstd = rstd.data();
+  t.table[0].d = rows(c.emb_dwords, c.N), t.table[0].skip = 1;
+  t.table[1].d = rows(c.emb_dpositions, c.N);
+  t.dweight = c.emb_dweight, t.dshift = c.emb_dshift;
+  embedding_backward(b, t, parallel);
   return 0;
 }

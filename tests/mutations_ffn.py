@@ -5,7 +5,9 @@ from mutations import Mutation
 
 ROWS, NORM, ACT = "rows.h", "layernorm_rows.h", "bias_act.h"
 ACTIVATION, FEW, PHILOX = "activation.h", "ffn_few_rows.h", "philox.h"
-LOSS = "cross_entropy_rows.h"
+LOSS, WORDS, TABLES = "cross_entropy_rows.h", "embedding_rows.h", "embedding.cpp"
+PANELS, BLOCKS = "ffn_panels.h", "ffn_blocks.h"
+TOKENS, FEW_TOKENS = "few_tokens_rows.h", "ffn_few_tokens.h"
 
 MUTATIONS = (
     # ---- statistics
@@ -88,7 +90,45 @@ MUTATIONS = (
     Mutation("every_row_has_the_first_scale", LOSS, "p.scale ? p.scale[m]", "p.scale ? p.scale[0]"),
     Mutation("end_of_a_row_counted", LOSS, "std::fill(l + V, l + round_up(V, kPad), kNegInf);",
              "std::fill(l + V, l + round_up(V, kPad), 0.f);"),
+    # ---- embedding
+    Mutation("words_not_scaled", WORDS, "store(s + t, load(x + t) * by);",
+             "store(s + t, load(x + t));"),
+    Mutation("positions_forgotten", WORDS, "store(s + t, load(s + t) + load(x + t));",
+             "store(s + t, load(s + t));"),
+    Mutation("part_of_a_long_run_lost", WORDS,
+             "store(total + t, load(total + t) + load(part + t));",
+             "store(total + t, load(part + t));"),
+    Mutation("gradient_of_padding", TABLES, "if (run.row == grad.skip) run.end = run.begin;", ""),
+    Mutation("last_token_of_a_word_lost", TABLES, "begin[size_t(v) + 1]};",
+             "begin[size_t(v) + 1] - (begin[size_t(v) + 1] > begin[size_t(v)])};"),
+    Mutation("embedding_dropout_not_in_backward", TABLES, "ds = drop.dx;", ""),
     # ---- dropout
     Mutation("sites_share_a_mask", PHILOX, "c.word[2][l] = uint32_t(bh), c.word[3][l] = site;",
              "c.word[2][l] = uint32_t(bh), c.word[3][l] = 0;"),
+)  # fmt: skip
+
+# In what AVX-512 alone has: blocks of rows, and a few tokens as lanes.
+WIDE_MUTATIONS = (
+    Mutation("panel_depth_restarts", PANELS, "s += step, accumulate = true)", "s += step)"),
+    Mutation("panel_tail_of_two_lost", PANELS, "if (n & 2) {", "if (n & 2 && n < 2) {"),
+    Mutation("narrow_panel_packed_wide", PANELS, "if (panels.width(m) == kWidth)", "if (true)"),
+    Mutation("panel_of_other_rows", PANELS, "A += 6 * lda, C += 6 * ld)",
+             "A += 5 * lda, C += 6 * ld)"),
+    Mutation("chunks_not_added_up", BLOCKS, "panels_, f0 > 0, y_.data()",
+             "panels_, false, y_.data()"),
+    Mutation("block_gate_forgotten", BLOCKS, "activate<kAct, Kernel::kGrade>(v) * up",
+             "activate<kAct, Kernel::kGrade>(v)"),
+    Mutation("block_b1_of_first_chunk", BLOCKS, "up += b1_[f0 + f + j]", "up += b1_[f + j]"),
+    Mutation("block_drops_as_the_first", BLOCKS, "p.dropout.first_row + m0_ + m",
+             "p.dropout.first_row + m"),
+    Mutation("saved_tail_cut", BLOCKS, "part, last + 1, dst", "part, last, dst"),
+    Mutation("token_depth_tail", TOKENS, "for (; k < K; ++k) step(k);", ""),
+    Mutation("token_block_of_the_first", TOKENS, "xt + b * K * T, part", "xt, part"),
+    Mutation("tokens_unpacked_shifted", TOKENS, "row[i] = part[i * T + m]",
+             "row[i] = part[i * T + (m + 1) % T]"),
+    Mutation("token_b1_of_first_item", FEW_TOKENS, "b1_[n0 + n]", "b1_[n]"),
+    Mutation("token_gate_bias_forgotten", FEW_TOKENS, "load(part + t) + gate_shift",
+             "load(part + t)"),
+    Mutation("token_drops_as_the_first", FEW_TOKENS, "p.dropout.first_row + b * T + m",
+             "p.dropout.first_row + m"),
 )  # fmt: skip

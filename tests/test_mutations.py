@@ -216,10 +216,14 @@ def build(
     mutation: Mutation | None,
     shim: str = "mutant_shim.cpp",
     source: str = "attention_portable.cpp",
+    beside: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
 ) -> Path:
-    """The library of the kernels in `source`, with the mutation where there is one."""
+    """The library of the kernels in `source`, which the shim includes, and in files compiled
+    `beside` it, with the mutation where there is one."""
     folder.mkdir()
-    for file in (*CPU.glob("*.h"), CPU / source, CPU / "scratch.cpp"):
+    own = ("scratch.cpp", "embedding.cpp")
+    for file in (*CPU.glob("*.h"), *(CPU / name for name in (source, *beside, *own))):
         shutil.copy(file, folder)
     shutil.copy(CPU.parent / "operands.h", folder.parent)  # "../operands.h"
     if mutation is not None:
@@ -227,7 +231,8 @@ def build(
         file.write_text(mutate(file.read_text(), mutation))
     library = folder / "mutant.so"
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
-    command = [*compiler, *FLAGS, f"-I{folder}", str(HERE / shim), "-o", str(library)]
+    sources = [str(HERE / shim), *(str(folder / name) for name in beside)]
+    command = [*compiler, *FLAGS, *flags, f"-I{folder}", *sources, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{folder.name} does not compile:\n{done.stderr}"
     return library

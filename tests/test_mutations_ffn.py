@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mutations import Mutation
-from mutations_ffn import MUTATIONS
+from mutations_ffn import MUTATIONS, WIDE_MUTATIONS
 from test_mutations import CPU, HERE, JOBS, build, mutate
 from tools import assert_within, one_thread
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.backends import cpu_isas
 from fastattn.ops.layernorm_op import ACTIVATIONS, NORMS
 
 # name -> sizes and options; rows of 19, 33, ... have tails on every instruction set.
@@ -35,6 +36,14 @@ CASES: dict[str, dict[str, Any]] = {
     "large_eps": {"M": 5, "N": 18, "F": 8, "norm": "layer", "act": "silu", "eps": 2.0},
     "many_rows": {"M": 700, "N": 21, "F": 9, "norm": "layer", "act": "gelu"},
     "overflow": {"M": 3, "N": 33, "F": 4, "norm": "layer", "act": "relu", "scale": 1e25},
+}  # fmt: skip
+# For the kernels of AVX-512: several blocks, panels, chunks and depths; few tokens in two blocks.
+WIDE_CASES = {
+    **{name: CASES[name] for name in ("layer", "dropout_gated", "many_rows")},
+    "blocks": {"M": 150, "N": 133, "F": 261, "norm": "rms", "act": "silu", "gated": True,
+               "dropout_p": 0.2},
+    "tokens": {"M": 55, "N": 37, "F": 70, "norm": "layer", "act": "gelu", "gated": True,
+               "dropout_p": 0.3},
 }  # fmt: skip
 
 
@@ -116,6 +125,15 @@ class Case:
         loss = F.cross_entropy(logits, self.target, label_smoothing=0.125, reduction="none")
         grads = torch.autograd.grad(loss, (t["u"], t["b1"]), t["scale"].detach())
         out |= {"loss": loss, "dlogits": grads[0], "dclass_bias": grads[1]}
+        words = F.embedding(self.target, t["w1"], padding_idx=1) * 1.5
+        emb, _ = reference.add_layer_norm(
+            words + t["residual"], None, t["weight"], None, norm=spec["norm"], eps=spec["eps"]
+        )
+        _, emb = reference.add_layer_norm(emb + t["shift"], None, norm=None, dropout_p=p, seed=seed)
+        names = ("w1", "residual", "weight", "shift")
+        grads = torch.autograd.grad(emb, [t[k] for k in names], upstream[0])
+        out |= {"emb_y": emb, "emb_dwords": grads[0], "emb_dpositions": grads[1]}
+        out |= {"emb_dweight": grads[2], "emb_dshift": grads[3]}
         if turned:
             for total, of in (
                 ("dshift", upstream[0]),
@@ -137,11 +155,11 @@ class Case:
 
 
 class Lab:
-    """The cases, and a folder to build mutants in."""
+    """The cases, and a folder to build mutants in, of the kernels of one instruction set."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.cases = {n: Case(spec) for n, spec in CASES.items()}
+    def __init__(self, folder: Path, isa: str, cases: dict[str, dict[str, Any]]) -> None:
+        self.folder, self.isa = folder, isa
+        self.cases = {n: Case(spec) for n, spec in cases.items()}
         self.inputs = folder / "in.npz"
         np.savez(
             self.inputs,
@@ -152,7 +170,9 @@ class Lab:
         """What each case finds wrong, by case; a death is found by all."""
         library = build(
             self.folder / (mutation.name if mutation else "none"), mutation,
-            shim="mutant_ffn_shim.cpp", source="layernorm_ffn_portable.cpp",
+            shim="mutant_ffn_shim.cpp", source=f"layernorm_ffn_{self.isa}.cpp",
+            beside=(f"embedding_{self.isa}.cpp",),
+            flags=(f"-DISA={self.isa}", f'-DSOURCE="layernorm_ffn_{self.isa}.cpp"'),
         )  # fmt: skip
         out = library.with_name("out.npz")
         command = [sys.executable, str(HERE / "mutant_ffn.py"), library, self.inputs, out]
@@ -166,21 +186,27 @@ class Lab:
         return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+KINDS = {"portable": (MUTATIONS, CASES), "avx512": (WIDE_MUTATIONS, WIDE_CASES)}
+
+
+# A machine without AVX-512 never runs the kernels of the second kind.
+@pytest.fixture(scope="module", params=[isa for isa in KINDS if isa in cpu_isas()])
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     torch.manual_seed(0)
-    return Lab(tmp_path_factory.mktemp("ffn_mutants"))
+    isa = request.param
+    return Lab(tmp_path_factory.mktemp(f"ffn_mutants_{isa}"), isa, KINDS[isa][1])
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutation", MUTATIONS + WIDE_MUTATIONS, ids=lambda m: m.name)
 def test_mutation_has_its_place(mutation: Mutation) -> None:
     text = (CPU / mutation.file).read_text()
     assert mutate(text, mutation) != text
 
 
 def test_results_have_their_arguments() -> None:
-    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
-    assert set(mutant_ffn.RESULTS) >= {"y", "dx", "a", "du", "ffn_y"}
+    every = MUTATIONS + WIDE_MUTATIONS
+    assert len({m.name for m in every}) == len(every)
+    assert set(mutant_ffn.RESULTS) >= {"y", "dx", "a", "du", "ffn_y", "emb_y"}
 
 
 def test_the_kernels_themselves_pass(lab: Lab) -> None:
@@ -189,11 +215,12 @@ def test_the_kernels_themselves_pass(lab: Lab) -> None:
 
 @pytest.mark.slow
 def test_every_mutation_is_caught(lab: Lab) -> None:
+    mutations = KINDS[lab.isa][0]
     with ThreadPoolExecutor(JOBS) as pool:
-        found = [*pool.map(lab.failures, MUTATIONS)]
-    caught = {m.name: failures for m, failures in zip(MUTATIONS, found, strict=True)}
+        found = [*pool.map(lab.failures, mutations)]
+    caught = {m.name: failures for m, failures in zip(mutations, found, strict=True)}
     for name, failures in caught.items():
         print(f"{name:30} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
-    idle = [c for c in CASES if not any(c in failures for failures in caught.values())]
+    idle = [c for c in lab.cases if not any(c in failures for failures in caught.values())]
     print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
     assert [name for name, failures in caught.items() if not failures] == []

@@ -26,12 +26,14 @@ FASTATTN_INLINE vf exponential2(vf x) {
   return exp2v<kGrade == Grade::kExact ? 6 : 4>(x);
 }
 
-// 1 / (1 + e^-x); 0 below e^-87, where fp32 has no normal numbers left.
+// 1 / (1 + e^-x) and its derivative; 0 below e^-87, where fp32 has no normal numbers left. The
+// derivative is e^-x / (1 + e^-x)^2: from s (1 - s) an ulp of s near 1 would be all of its digits.
 template <Grade kGrade = Grade::kExact>
-FASTATTN_INLINE vf sigmoid(vf x) {
+FASTATTN_INLINE Value sigmoid(vf x) {
   const vf v = x * -kLog2e, top = set1(126.f);
-  const vf y = reciprocal<kGrade>(1.f + exponential2<kGrade>(v > top ? top : v));
-  return v > top ? vf{} : y;
+  const vf e = exponential2<kGrade>(v > top ? top : v);
+  const vf y = reciprocal<kGrade>(1.f + e);
+  return {v > top ? vf{} : y, v > top ? vf{} : e * y * y};
 }
 
 // The normal distribution's Phi(x) and e^(-x^2 / 2). Upper tail: e^(-a^2 / 2) R(1 / (1 + p a)),
@@ -70,15 +72,16 @@ FASTATTN_INLINE vf activate(vf x) {
     normal<kGrade>(x, &phi, &bell);
     return x * phi;
   } else if constexpr (kAct == Act::kGeluTanh) {  // (1 + tanh z) / 2 = sigmoid(2 z)
-    return x * sigmoid<kGrade>(x * fma(x * x, set1(2.f * 0.7978845608f * 0.044715f),
-                                       set1(2.f * 0.7978845608f)));
+    return x * sigmoid<kGrade>(
+                   x * fma(x * x, set1(2.f * 0.7978845608f * 0.044715f), set1(2.f * 0.7978845608f)))
+                   .y;
   } else if constexpr (kAct == Act::kRelu) {
     return x < vf{} ? vf{} : x;  // a NaN passes
   } else if constexpr (kAct == Act::kRelu2) {
     const vf y = x < vf{} ? vf{} : x;
     return y * y;
   } else if constexpr (kAct == Act::kSilu) {
-    return x * sigmoid<kGrade>(x);
+    return x * sigmoid<kGrade>(x).y;
   } else {
     return x;
   }
@@ -93,9 +96,8 @@ FASTATTN_INLINE Value activate_grad(vf x) {
   } else if constexpr (kAct == Act::kGeluTanh) {
     constexpr float k = 2.f * 0.7978845608f;
     const vf x2 = x * x;
-    const vf s = sigmoid<kGrade>(x * fma(x2, set1(k * 0.044715f), set1(k)));
+    const auto [s, slope] = sigmoid<kGrade>(x * fma(x2, set1(k * 0.044715f), set1(k)));
     const vf dz = fma(x2, set1(3.f * k * 0.044715f), set1(k));
-    const vf slope = s * (1.f - s);
     // 0 * inf at the far ends, where the slope is 0 for good.
     return {x * s, slope == vf{} ? s : fma(x * slope, dz, s)};
   } else if constexpr (kAct == Act::kRelu) {
@@ -104,8 +106,7 @@ FASTATTN_INLINE Value activate_grad(vf x) {
     const vf y = x < vf{} ? vf{} : x;
     return {y * y, 2.f * y};
   } else if constexpr (kAct == Act::kSilu) {
-    const vf s = sigmoid<kGrade>(x);
-    const vf slope = s * (1.f - s);
+    const auto [s, slope] = sigmoid<kGrade>(x);
     return {x * s, slope == vf{} ? s : fma(x, slope, s)};
   } else {
     return {x, set1(1.f)};

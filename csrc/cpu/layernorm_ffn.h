@@ -63,8 +63,7 @@ struct NormGrads {
   Norm norm = Norm::kNone;
   Vec weight;
   DropoutSite dropout;
-  Rows ds, dx, y_hat;  // results, may be absent; y_hat: the forward's y, recomputed
-  Vec shift;           // for y_hat
+  Rows ds, dx;                                                    // results, may be absent
   float *dweight = nullptr, *dshift = nullptr, *dbias = nullptr;  // (N,) results, may be null
 };
 

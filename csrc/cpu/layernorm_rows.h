@@ -149,7 +149,6 @@ class NormBackward {
       : g(grads), N(g.N), drop_(g.dropout.p, g.dropout.seed) {
     const int64_t n = round_up(N, kPad);
     weight_ = read_vec(g.weight, N, weight_buf_);
-    shift_ = read_vec(g.shift, N, shift_buf_);
     for (Buffer<float>* b : {&dy_, &dsum_, &s_, &ds_, &y_}) b->reserve(n);
     if (drop_.on) mask_.reserve(n);
   }
@@ -214,23 +213,14 @@ class NormBackward {
         store(ds + t, v);
       }
     }
-    if (g.y_hat.ptr) {
-      for (int64_t t = 0; t < N; t += W) {
-        vf v = load(hat + t);
-        if (weight_) v *= load(weight_ + t);
-        if (shift_) v += load(shift_ + t);
-        store(hat + t, v);
-      }
-      write_row(g.y_hat, m, N, hat);
-    }
     return ds;
   }
 
   const NormGrads& g;
   const int64_t N;
   const Dropout drop_;
-  const float *weight_, *shift_;
-  Buffer<float> weight_buf_, shift_buf_, dy_, dsum_, s_, ds_, y_, mask_;
+  const float* weight_;
+  Buffer<float> weight_buf_, dy_, dsum_, s_, ds_, y_, mask_;
 };
 
 void norm_forward(const NormParams& p, const Parallel& parallel) {
