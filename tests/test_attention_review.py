@@ -98,11 +98,9 @@ def test_steep_slopes_cost_no_subnormal_arithmetic(kernel: str) -> None:
     flat, steep = torch.full((4,), 1e-3), torch.full((4,), 0.5)
 
     def seconds(slopes: torch.Tensor) -> float:
-        best = float("inf")
-        for _ in range(7):
-            start = time.perf_counter()
-            fastattn.attention(q, k, v, alibi_slopes=slopes, backend=kernel)
-            best = min(best, time.perf_counter() - start)
-        return best
+        start = time.thread_time()  # of this thread alone: other tests run at the same time
+        fastattn.attention(q, k, v, alibi_slopes=slopes, backend=kernel)
+        return time.thread_time() - start
 
-    assert seconds(steep) < 3 * seconds(flat)
+    pairs = [(seconds(steep), seconds(flat)) for _ in range(15)]
+    assert min(a for a, _ in pairs) < 3 * min(b for _, b in pairs)

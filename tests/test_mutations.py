@@ -221,18 +221,19 @@ def build(
 ) -> Path:
     """The library of the kernels in `source`, which the shim includes, and in files compiled
     `beside` it, with the mutation where there is one."""
-    folder.mkdir()
+    home = folder / "cpu"  # in a folder of its own: mutants are built at the same time
+    home.mkdir(parents=True)
     own = ("scratch.cpp", "embedding.cpp")
     for file in (*CPU.glob("*.h"), *(CPU / name for name in (source, *beside, *own))):
-        shutil.copy(file, folder)
-    shutil.copy(CPU.parent / "operands.h", folder.parent)  # "../operands.h"
+        shutil.copy(file, home)
+    shutil.copy(CPU.parent / "operands.h", folder)  # "../operands.h"
     if mutation is not None:
-        file = folder / mutation.file
+        file = home / mutation.file
         file.write_text(mutate(file.read_text(), mutation))
     library = folder / "mutant.so"
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
-    sources = [str(HERE / shim), *(str(folder / name) for name in beside)]
-    command = [*compiler, *FLAGS, *flags, f"-I{folder}", *sources, "-o", str(library)]
+    sources = [str(HERE / shim), *(str(home / name) for name in beside)]
+    command = [*compiler, *FLAGS, *flags, f"-I{home}", *sources, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{folder.name} does not compile:\n{done.stderr}"
     return library
