@@ -1,0 +1,63 @@
+"""What the recurrent modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.nn._dynamo import admit
+
+CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def weights_of(module: Any, names: Sequence[str]) -> list[Tensor | None]:
+    """The weights by name, read anew in every call: they may be those of a functional_call, or
+    computed ones (weight norm, parametrisations), which are attributes and no parameters."""
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        return [getattr(module, name) for name in names]
+
+
+def check_dropout(p: Any) -> float:
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"recurrent_dropout should be a number in range [0, 1), got {p!r}")
+    return float(p)
+
+
+class Layers:
+    """Mixed into torch's RNNBase: arguments that it has not, and what a forward passes on."""
+
+    backend: str = "auto"
+    recurrent_dropout: float = 0.0
+
+    def _adopt(self, recurrent_dropout: float, backend: str) -> None:
+        self.recurrent_dropout = check_dropout(recurrent_dropout)
+        self.backend = backend
+
+    def _weights(self) -> list[Tensor | None]:
+        return weights_of(self, self._flat_weights_names)  # type: ignore[attr-defined]
+
+    def _options(self, lengths: Any) -> dict[str, Any]:
+        m: Any = self
+        training = m.training
+        return {
+            "lengths": lengths,
+            "batch_first": m.batch_first,
+            "bidirectional": m.bidirectional,
+            "dropout_p": m.dropout if training else 0.0,
+            "recurrent_dropout_p": m.recurrent_dropout if training else 0.0,
+            "backend": m.backend,
+        }
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()  # type: ignore[misc]
+        if self.recurrent_dropout:
+            text += f", recurrent_dropout={self.recurrent_dropout}"
+        return text
+
+
+admit(Layers)
