@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from fastattn.nn._dynamo import admit
 
 CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def weights_of(module: Any, names: Sequence[str]) -> list[Tensor | None]:
+def weights_of(module: Any, names: Sequence[str]) -> list[Any]:
     """The weights by name, read anew in every call: they may be those of a functional_call, or
     computed ones (weight norm, parametrisations), which are attributes and no parameters."""
     parameters = module._parameters
@@ -29,7 +27,7 @@ def check_dropout(p: Any) -> float:
 
 
 class Layers:
-    """Mixed into torch's RNNBase: arguments that it has not, and what a forward passes on."""
+    """Mixed into torch's modules: the arguments that they have not."""
 
     backend: str = "auto"
     recurrent_dropout: float = 0.0
@@ -37,21 +35,6 @@ class Layers:
     def _adopt(self, recurrent_dropout: float, backend: str) -> None:
         self.recurrent_dropout = check_dropout(recurrent_dropout)
         self.backend = backend
-
-    def _weights(self) -> list[Tensor | None]:
-        return weights_of(self, self._flat_weights_names)  # type: ignore[attr-defined]
-
-    def _options(self, lengths: Any) -> dict[str, Any]:
-        m: Any = self
-        training = m.training
-        return {
-            "lengths": lengths,
-            "batch_first": m.batch_first,
-            "bidirectional": m.bidirectional,
-            "dropout_p": m.dropout if training else 0.0,
-            "recurrent_dropout_p": m.recurrent_dropout if training else 0.0,
-            "backend": m.backend,
-        }
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]

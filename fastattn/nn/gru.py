@@ -66,7 +66,13 @@ class GRU(Layers, torch.nn.GRU):
     ) -> tuple[Any, Tensor]:
         """Arguments and result are torch's; lengths: (B,), the steps of each sequence of a padded
         batch, in any order; see :func:`fastattn.gru`."""
-        return gru(input, hx, self._weights(), **self._options(lengths))
+        training = self.training
+        return gru(
+            input, hx, weights_of(self, self._flat_weights_names), lengths=lengths,
+            batch_first=self.batch_first, bidirectional=self.bidirectional,
+            dropout_p=self.dropout if training else 0.0,
+            recurrent_dropout_p=self.recurrent_dropout if training else 0.0, backend=self.backend,
+        )  # fmt: skip
 
 
 class GRUCell(torch.nn.GRUCell):

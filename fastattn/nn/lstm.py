@@ -67,7 +67,13 @@ class LSTM(Layers, torch.nn.LSTM):
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Arguments and result are torch's; lengths: (B,), the steps of each sequence of a padded
         batch, in any order; see :func:`fastattn.lstm`."""
-        return lstm(input, hx, self._weights(), **self._options(lengths))
+        training = self.training
+        return lstm(
+            input, hx, weights_of(self, self._flat_weights_names), lengths=lengths,
+            batch_first=self.batch_first, bidirectional=self.bidirectional,
+            dropout_p=self.dropout if training else 0.0,
+            recurrent_dropout_p=self.recurrent_dropout if training else 0.0, backend=self.backend,
+        )  # fmt: skip
 
 
 class LSTMCell(torch.nn.LSTMCell):

@@ -67,9 +67,12 @@ class RNN(Layers, torch.nn.RNN):
     ) -> tuple[Any, Tensor]:
         """Arguments and result are torch's; lengths: (B,), the steps of each sequence of a padded
         batch, in any order; see :func:`fastattn.rnn`."""
+        training = self.training
         return rnn(
-            input, hx, self._weights(), nonlinearity=self.nonlinearity,
-            **self._options(lengths),
+            input, hx, weights_of(self, self._flat_weights_names), nonlinearity=self.nonlinearity,
+            lengths=lengths, batch_first=self.batch_first, bidirectional=self.bidirectional,
+            dropout_p=self.dropout if training else 0.0,
+            recurrent_dropout_p=self.recurrent_dropout if training else 0.0, backend=self.backend,
         )  # fmt: skip
 
 

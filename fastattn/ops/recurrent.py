@@ -36,7 +36,7 @@ def pair(op: str, state: Any) -> tuple[Any, Any]:
 
 
 class Options(NamedTuple):
-    """The keyword arguments that all of them take."""
+    """The keyword arguments that all of them take, in the order of their signatures."""
 
     lengths: Any
     batch_first: bool
@@ -61,38 +61,38 @@ def run(
     Returns:
         y as the caller gave x, h_n, c_n (empty but for the LSTM).
     """
-    lengths, batch_first, bidirectional, dropout_p, recurrent_dropout_p, seed, backend = options
-    check.check_x(op, x, batch_first)
-    packed = isinstance(x, PackedSequence)
+    lengths, batch_first, bidirectional, p_between, p_h, seed, backend = options
+    packed = type(x) is not Tensor and isinstance(x, PackedSequence)
     data = x.data if packed else x
+    dims = check.check_x(op, data, packed, batch_first)
     if torch.is_autocast_enabled(data.device.type):
         data, h, c, weights = _autocast(data, h, c, weights)
         x = PackedSequence(data, *x[1:]) if packed else data
     D = 2 if bidirectional else 1
     layers = check.check_layers(op, weights, data, D, cell)
-    one = not packed and data.dim() == 2  # one sequence, without a dimension of the batch
+    one = dims == 2 and not packed  # one sequence, without a dimension of the batch
     if packed:
         B = layout.batch_of_packed(x)
     else:
         B = 1 if one else data.shape[0 if batch_first else 1]
     if h is not None or c is not None:
         _check_states(op, h, c, data, layers, cell, None if one else B)
-    if dropout_p or recurrent_dropout_p or seed is not None:
-        check.check_probability(op, "dropout_p", dropout_p, 1.0)
-        check.check_probability(op, "recurrent_dropout_p", recurrent_dropout_p, 0.0)
-        if seed is not None:
-            seed = seed_tensor(op, seed, 1.0, data)
+    masked = p_between or p_h or seed is not None
+    if masked:
+        check.check_probability(op, "dropout_p", p_between, 1.0)
+        check.check_probability(op, "recurrent_dropout_p", p_h, 0.0)
+        seed = None if seed is None else seed_tensor(op, seed, 1.0, data)
     if lengths is not None:
         if packed or one:
-            fail(op, f"lengths belong to a padded batch, x is {'packed' if packed else 'one'}")
+            got = "a PackedSequence" if packed else f"one sequence of shape {tuple(data.shape)}"
+            fail(op, f"lengths belong to a padded batch, x is {got}")
         lengths = check.check_lengths(op, lengths, data.shape[1 if batch_first else 0], B)
     chosen = select(op, backend, data.device.type, data.dtype)
     if chosen == "reference" or transformed():
         entries = [entry for entries in layers for entry in entries]
         return stack(
             x, h, c, entries, cell, lengths=lengths, batch_first=batch_first,
-            bidirectional=bidirectional, dropout_p=dropout_p,
-            recurrent_dropout_p=recurrent_dropout_p, seed=seed,
+            bidirectional=bidirectional, dropout_p=p_between, recurrent_dropout_p=p_h, seed=seed,
         )  # fmt: skip
     if packed:
         rows = layout.of_packed(x, B)
@@ -100,51 +100,71 @@ def run(
         rows = layout.Rows(data, data.shape[0], 1)
     else:
         rows = layout.of_padded(data, lengths, batch_first)
-    masks = Masks(dropout_p, recurrent_dropout_p, seed, rows)
+    masks = Masks(p_between, p_h, seed, rows) if masked else None
+    h, c = _initial(rows, layers, h, c, cell, D, one)
     with as_named(backend, chosen):
-        y, h_n, c_n = _layers(rows, layers, _placed(h, rows, one), _placed(c, rows, one), cell, D,
-                              masks, chosen)  # fmt: skip
+        y, h_n, c_n = _layers(rows, layers, h, c, cell, D, masks, chosen)
     if rows.inverse is not None:
         h_n = h_n.index_select(1, rows.inverse)
         c_n = c_n.index_select(1, rows.inverse) if cell == LSTM else c_n
     if one:
         return y, h_n.squeeze(1), c_n.squeeze(1) if cell == LSTM else c_n
-    return layout.to_caller(y, rows, x, batch_first), h_n, c_n
+    return layout.to_caller(y, rows, x, packed, batch_first), h_n, c_n
 
 
-def _layers(
+def _initial(
     rows: layout.Rows,
     layers: list[tuple[Weights, ...]],
     h: Tensor | None,
     c: Tensor | None,
     cell: int,
     D: int,
-    masks: Masks,
+    one: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The initial states, (L D, B, P) and (L D, B, H), in the order of the rows' places."""
+    if h is not None:
+        if one:
+            return h.unsqueeze(1), None if c is None else c.unsqueeze(1)
+        if rows.order is None:
+            return h, c
+        return h.index_select(1, rows.order), None if c is None else c.index_select(1, rows.order)
+    gate_rows, P = layers[0][0][1].shape
+    count = len(layers) * D
+    h = rows.x.new_zeros((count, rows.B, P))
+    if cell != LSTM:
+        return h, None
+    H = gate_rows // GATES[LSTM]
+    return h, h if H == P else h.new_zeros((count, rows.B, H))  # nobody writes to them
+
+
+def _layers(
+    rows: layout.Rows,
+    layers: list[tuple[Weights, ...]],
+    h: Tensor,
+    c: Tensor | None,
+    cell: int,
+    D: int,
+    masks: Masks | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, T, B, offsets, lengths, *_ = rows
-    L = len(layers)
-    gate_rows, P = layers[0][0][1].shape
-    if h is None:
-        h = x.new_zeros((L * D, B, P))
-    if c is None and cell == LSTM:
-        H = gate_rows // GATES[LSTM]
-        c = h.new_zeros((L * D, B, H))
+    x, T, _, offsets, lengths, *_ = rows
     reverse = 2 if D == 2 else 0
-    if L == 1:
-        mask = masks.of_h(0, D, P)
+    if len(layers) == 1:
+        mask = None if masks is None else masks.of_h(0, layers[0])
         return layer(x, layers[0], h, c, mask, offsets, lengths, T, cell, reverse, backend)
     h_n, c_n = [], []
     for i, entries in enumerate(layers):
+        mask = None
+        if masks is not None:
+            mask = masks.of_h(i, entries)
+            x = masks.between(x, i) if i else x
         mine = slice(i * D, (i + 1) * D)
         x, h_i, c_i = layer(
-            x, entries, h[mine], None if c is None else c[mine], masks.of_h(i, D, P), offsets,
-            lengths, T, cell, reverse, backend,
+            x, entries, h[mine], None if c is None else c[mine], mask, offsets, lengths, T, cell,
+            reverse, backend,
         )  # fmt: skip
         h_n.append(h_i)
         c_n.append(c_i)
-        if i + 1 < L:
-            x = masks.between(x, i)
     return x, torch.cat(h_n), torch.cat(c_n) if cell == LSTM else c_n[0]
 
 
@@ -165,25 +185,26 @@ class Masks:
         if p_h and seed is None:
             self._h_seed = seed_tensor("recurrent", None, p_h, rows.x)
 
-    def of_h(self, index: int, D: int, P: int) -> Tensor | None:
+    def of_h(self, index: int, entries: tuple[Weights, ...]) -> Tensor | None:
         """(D, B, P) of a layer, None where nothing drops."""
         if not self._p_h:
             return None
         assert self._h_seed is not None
+        D, P = len(entries), entries[0][1].shape[1]
         B, order = self._rows.B, self._rows.order
         mask = self._words((D * B, P), self._p_h, layer_seed(self._h_seed, 2 * index))
         mask = mask.view(D, B, P)
         return mask if order is None else mask.index_select(1, order)
 
     def between(self, y: Tensor, index: int) -> Tensor:
-        """What the next layer gets of a layer's output."""
+        """What layer ``index`` gets of the output y of the one below."""
         if not self._p_between:
             return y
         if self._seed is None:
             return F.dropout(y, self._p_between)
         if self._p_between == 1.0:
             return torch.zeros_like(y)
-        rows, seed = self._rows, layer_seed(self._seed, 2 * index + 1)
+        rows, seed = self._rows, layer_seed(self._seed, 2 * index - 1)
         places = layout.padded_places(rows)
         steps = rows.T * rows.B
         mask = self._words((steps, y.shape[1]), self._p_between, seed)
@@ -194,15 +215,6 @@ class Masks:
         if 0 in shape:
             return self._rows.x.new_ones(shape)
         return add_layer_norm(self._rows.x.new_ones(shape), norm=None, dropout_p=p, seed=seed)[1]
-
-
-def _placed(state: Tensor | None, rows: layout.Rows, one: bool) -> Tensor | None:
-    """An initial state in the order of the rows' places."""
-    if state is None:
-        return None
-    if one:
-        return state.unsqueeze(1)
-    return state if rows.order is None else state.index_select(1, rows.order)
 
 
 def _check_states(
@@ -244,8 +256,7 @@ def run_cell(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """One step, h and c after it; x (B, I), states (B, H) or None, or all without B."""
-    check.check_float(op, "x", x)
-    if torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, h, c, weights = _autocast(x, h, c, weights)
     H = check.check_cell(op, x, h, c, weights, cell)
     chosen = select(op.removesuffix("_cell"), backend, x.device.type, x.dtype)
@@ -254,13 +265,17 @@ def run_cell(
     one = x.dim() == 1
     if one:
         x = x.unsqueeze(0)
-    D_B_H = (1, x.shape[0], H)
-    h = x.new_zeros(D_B_H) if h is None else h.view(D_B_H)
-    if cell == LSTM:
-        c = h.new_zeros(D_B_H) if c is None else c.view(D_B_H)
-    entries = ((*weights, None),)
+    if h is None:
+        h = x.new_zeros((1, x.shape[0], H))
+        c = h if cell == LSTM else None
+    else:
+        h = h.view(1, x.shape[0], H) if one else h.unsqueeze(0)
+        if cell == LSTM:
+            c = c.view(1, x.shape[0], H) if one else c.unsqueeze(0)
     with as_named(backend, chosen):
-        y, _, c_n = layer(x, entries, h, c, None, None, None, 1, cell, 0, chosen)
+        y, _, c_n = layer(x, ((*weights, None),), h, c, None, None, None, 1, cell, 0, chosen)
     if one:
-        return y.squeeze(0), c_n.reshape(-1) if cell == LSTM else c_n
-    return y, c_n.squeeze(0) if cell == LSTM else c_n
+        y = y.squeeze(0)
+    if cell != LSTM:
+        return y, c_n
+    return y, c_n.view(-1) if one else c_n.squeeze(0)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from fastattn._debug import debug_checks_enabled
 from fastattn.ops.attention_checks import fail
@@ -49,23 +48,31 @@ def check_goes_with(
         fail(op, f"{name} must have shape {shape} ({what}), got {tuple(given.shape)}")
 
 
-def check_x(op: str, x: Any, batch_first: bool) -> None:
-    """A padded batch, one sequence, or the rows of a packed batch."""
-    if isinstance(x, PackedSequence):
-        check_float(op, "x.data", x.data)
-        if x.data.dim() != 2:
-            fail(op, f"x.data must have shape (rows, features), got {tuple(x.data.shape)}")
-        return
-    check_float(op, "x", x)
+def check_x(op: str, x: Any, packed: bool, batch_first: bool) -> int:
+    """A padded batch, one sequence, or the rows of a packed batch; returns its dimensions."""
+    if type(x) is Tensor and x.dtype in FLOATS:
+        dims = x.dim()
+        if dims == 2 or (dims == 3 and not packed):
+            return dims
+    check_float(op, "x.data" if packed else "x", x)
+    if packed and x.dim() != 2:
+        fail(op, f"x.data must have shape (rows, features), got {tuple(x.shape)}")
     if x.dim() not in (2, 3):
         batch = "(B, T, I)" if batch_first else "(T, B, I)"
         fail(op, f"x must have shape {batch}, or (T, I) for one sequence, got {tuple(x.shape)}")
+    return x.dim()  # type: ignore[no-any-return]
 
 
 def check_layers(
     op: str, weights: Any, x: Tensor, directions: int, cell: int
 ) -> list[tuple[Weights, ...]]:
     """The weights by layer, every one checked. x: (..., I)."""
+    features = x.shape[-1]
+    if directions == 1 and type(weights) is list and len(weights) == 4:
+        # torch's list for one layer with biases: a small call takes as long as its checks.
+        w_ih, w_hh, b_ih, b_hh = weights
+        if plainly_right(w_ih, w_hh, b_ih, b_hh, x, features, cell):
+            return [((w_ih, w_hh, b_ih, b_hh, None),)]
     _check_entries(op, weights)
     layers = by_layer(weights, directions, GATES[cell])
     if len(layers[-1]) != directions:
@@ -74,7 +81,6 @@ def check_layers(
             f"weights must have {directions} entries a layer for bidirectional="
             f"{directions == 2}, got {sum(map(len, layers))}",
         )
-    features = x.shape[-1]
     w_hh = layers[0][0][1]
     if not isinstance(w_hh, Tensor) or w_hh.dim() != 2 or not w_hh.shape[1]:
         fail(op, f"weights[0]: w_hh must be a matrix, got {_describe(w_hh)}")
@@ -84,9 +90,44 @@ def check_layers(
         fail(op, f"weights[0]: w_hh must have {GATES[cell]} H rows, got {rows}")
     for i, entries in enumerate(layers):
         for d, entry in enumerate(entries):
-            _check_entry(op, i * directions + d, entry, x, (rows, features, H, P), cell)
+            if entry[4] is not None or not plainly_right(*entry[:4], x, features, cell, H):
+                _check_entry(op, i * directions + d, entry, x, (rows, features, H, P), cell)
         features = P * directions
     return layers
+
+
+def plainly_right(
+    w_ih: Any,
+    w_hh: Any,
+    b_ih: Any,
+    b_hh: Any,
+    x: Tensor,
+    features: int,
+    cell: int,
+    H: int | None = None,
+) -> bool:
+    """The common weights in few steps; what is unusual goes through every check by name."""
+    try:
+        dtype, device, shape = x.dtype, x.device, w_hh.shape
+        rows, columns = shape
+        return (
+            rows == GATES[cell] * columns
+            and (H is None or columns == H)
+            and columns > 0
+            and w_ih.shape == (rows, features)
+            and b_ih.shape == (rows,)
+            and b_hh.shape == (rows,)
+            and w_ih.dtype is dtype
+            and w_hh.dtype is dtype
+            and b_ih.dtype is dtype
+            and b_hh.dtype is dtype
+            and w_ih.device == device
+            and w_hh.device == device
+            and b_ih.device == device
+            and b_hh.device == device
+        )
+    except (AttributeError, ValueError):  # no tensors, no matrix
+        return False
 
 
 def _check_entries(op: str, weights: Any) -> None:
@@ -126,27 +167,7 @@ def _check_entry(
     op: str, index: int, entry: Weights, x: Tensor, sizes: tuple[int, int, int, int], cell: int
 ) -> None:
     rows, features, H, P = sizes
-    w_ih, w_hh, b_ih, b_hh, w_hr = entry
-    dtype, device = x.dtype, x.device
-    if (  # the common entry in few steps: a small call takes as long as its checks
-        w_hr is None
-        and P == H
-        and b_ih is not None
-        and b_hh is not None
-        and w_ih.dtype is dtype
-        and w_hh.dtype is dtype
-        and b_ih.dtype is dtype
-        and b_hh.dtype is dtype
-        and w_ih.shape == (rows, features)
-        and w_hh.shape == (rows, P)
-        and b_ih.shape == (rows,)
-        and b_hh.shape == (rows,)
-        and w_ih.device == device
-        and w_hh.device == device
-        and b_ih.device == device
-        and b_hh.device == device
-    ):
-        return
+    w_hr = entry[4]
     shapes = ((rows, features), (rows, P), (rows,), (rows,), (P, H))
     for name, given, shape, what in zip(_PARTS, entry, shapes, _SAID, strict=True):
         if given is not None or name in ("w_ih", "w_hh"):
@@ -192,11 +213,20 @@ def check_probability(op: str, name: str, p: Any, most: float) -> None:
         fail(op, f"{name} must be in [0, 1{']' if most == 1.0 else ')'}, got {p}")
 
 
-def check_cell(op: str, x: Tensor, h: Any, c: Any, weights: Any, cell: int) -> int:
+def check_cell(op: str, x: Any, h: Any, c: Any, weights: tuple[Any, ...], cell: int) -> int:
     """One step: x (B, I) and states (B, H), or (I,) and (H,). Returns H."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    if (
+        type(x) is Tensor
+        and x.dim() == 2
+        and x.dtype in FLOATS
+        and plainly_right(w_ih, w_hh, b_ih, b_hh, x, x.shape[1], cell)
+        and _are_states(h, c, x, (x.shape[0], w_hh.shape[1]), cell)
+    ):
+        return w_hh.shape[1]  # type: ignore[no-any-return]
+    check_float(op, "x", x)
     if x.dim() not in (1, 2):
         fail(op, f"x must have shape (B, I), or (I,) for one sequence, got {tuple(x.shape)}")
-    w_hh = weights[1]
     if not isinstance(w_hh, Tensor) or w_hh.dim() != 2 or not w_hh.shape[1]:
         fail(op, f"w_hh must be a matrix, got {_describe(w_hh)}")
     rows, H = w_hh.shape
@@ -206,8 +236,18 @@ def check_cell(op: str, x: Tensor, h: Any, c: Any, weights: Any, cell: int) -> i
         if given is not None or i < 2:
             shape = ((rows, x.shape[-1]), (rows, H))[i] if i < 2 else (rows,)
             check_goes_with(op, _PARTS[i], given, x, shape, _SAID[i])
-    shape = (*x.shape[:-1], H)
-    for name, state in (("h", h), ("c", c)):
-        if state is not None:
-            check_goes_with(op, name, state, x, shape, "x's batch, hidden")
+    if h is not None or c is not None:
+        for name, state in (("h", h), ("c", c))[: 2 if cell == LSTM else 1]:
+            check_goes_with(op, name, state, x, (*x.shape[:-1], H), "x's batch, hidden")
     return H
+
+
+def _are_states(h: Any, c: Any, x: Tensor, shape: tuple[int, int], cell: int) -> bool:
+    if h is None and c is None:
+        return True
+    for state in (h, c) if cell == LSTM else (h,):
+        if not isinstance(state, Tensor) or state.shape != shape or state.dtype is not x.dtype:
+            return False
+        if state.device != x.device:
+            return False
+    return True

@@ -52,7 +52,7 @@ def of_padded(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Rows:
     B, T, features = x.shape if batch_first else (x.shape[1], x.shape[0], x.shape[2])
     if lengths is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _packed_here(x, lengths.cpu(), batch_first, T, B)
-    if batch_first:
+    if batch_first and (B != 1 or lengths is not None):  # the rows of one sequence lie right
         x = x.transpose(0, 1)
     if lengths is not None:
         lengths = lengths.to(x.device)
@@ -103,14 +103,14 @@ def padded_places(rows: Rows) -> Tensor | None:
     return t * rows.B + (place if rows.order is None else rows.order[place])
 
 
-def to_caller(y: Tensor, rows: Rows, x: Any, batch_first: bool) -> Any:
-    """y (rows, F) as the caller gave x."""
-    if isinstance(x, PackedSequence):
+def to_caller(y: Tensor, rows: Rows, x: Any, packed: bool, batch_first: bool) -> Any:
+    """y (rows, F) as the caller gave the batch x."""
+    if packed:
         return PackedSequence(y, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
-    if x.dim() == 2:
-        return y
     if rows.at is not None:
         return scatter(y, rows.at, x.shape[0] * x.shape[1]).view(*x.shape[:2], y.shape[1])
+    if batch_first and rows.B == 1:
+        return y.unsqueeze(0)
     y = y.view(rows.T, rows.B, y.shape[1])
     return y.transpose(0, 1) if batch_first else y
 
