@@ -1,4 +1,5 @@
-"""fastattn: fused attention and LayerNorm + FFN for PyTorch, one contract on every backend.
+"""fastattn: fused attention, LayerNorm + FFN, LSTM and GRU for PyTorch, one contract on every
+backend.
 
 >>> import torch, fastattn
 >>> q, k, v = (torch.randn(1, 4, 16, 32) for _ in range(3))
@@ -11,9 +12,12 @@ from fastattn._debug import debug_checks
 from fastattn.backends import backends
 from fastattn.ops.attention import attention, attention_varlen
 from fastattn.ops.embedding import embedding
+from fastattn.ops.gru import gru, gru_cell
 from fastattn.ops.layernorm import add_layer_norm, bias_act, layer_norm, rms_norm
 from fastattn.ops.layernorm_ffn import layernorm_ffn
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
+from fastattn.ops.lstm import lstm, lstm_cell
+from fastattn.ops.rnn import rnn, rnn_cell
 from fastattn.swap import SwapReport, swap, unswap
 
 __version__ = "0.1.0"
@@ -27,12 +31,18 @@ __all__ = [
     "bias_act",
     "debug_checks",
     "embedding",
+    "gru",
+    "gru_cell",
     "layer_norm",
     "layernorm_ffn",
     "linear_cross_entropy",
+    "lstm",
+    "lstm_cell",
     "nn",
     "reference",
     "rms_norm",
+    "rnn",
+    "rnn_cell",
     "swap",
     "unswap",
 ]

@@ -14,6 +14,7 @@ from fastattn.reference.dropout import (
     philox_uniform_u32,
 )
 from fastattn.reference.embedding import embedding, sinusoidal_positions
+from fastattn.reference.gru import gru, gru_cell
 from fastattn.reference.layernorm_ffn import (
     add_layer_norm,
     bias_act,
@@ -22,6 +23,8 @@ from fastattn.reference.layernorm_ffn import (
     rms_norm,
 )
 from fastattn.reference.linear_cross_entropy import linear_cross_entropy
+from fastattn.reference.lstm import lstm, lstm_cell
+from fastattn.reference.rnn import rnn, rnn_cell
 
 __all__ = [
     "add_layer_norm",
@@ -31,11 +34,17 @@ __all__ = [
     "draw_seed",
     "dropout_keep",
     "embedding",
+    "gru",
+    "gru_cell",
     "layer_norm",
     "layernorm_ffn",
     "linear_cross_entropy",
+    "lstm",
+    "lstm_cell",
     "philox_4x32",
     "philox_uniform_u32",
     "rms_norm",
+    "rnn",
+    "rnn_cell",
     "sinusoidal_positions",
 ]
