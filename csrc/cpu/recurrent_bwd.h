@@ -149,9 +149,9 @@ class RecurrentBackward {
       if (n < slice.slots) absent(t, n);
       if (p.gh) return;
       team.barrier();
-      for (int64_t panel = columns.begin; panel < columns.end; ++panel)
+      for (int64_t i = 0; i < columns.size(); ++i)
         for (int64_t r = 0; r < n; r += kRowBlock) {
-          const int64_t rows = std::min(kRowBlock, n - r);
+          const int64_t rows = std::min(kRowBlock, n - r), panel = columns.turning(i, parity);
           E::template multiply<4>(rows, kGates * H, g.d[parity] + r * f.k_, f.k_,
                                   f.w_[d] + panel * E::panel_size(kGates * H, 4), sums);
           for (int64_t k = r; k < r + rows; ++k) carry(k, panel, sums + (k - r) * kColumns);

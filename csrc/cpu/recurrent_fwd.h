@@ -178,9 +178,9 @@ class RecurrentForward {
 
     void step(int64_t t, int parity) {
       const int64_t n = slice.active(t);
-      for (int64_t panel = units.begin; panel < units.end; ++panel)
+      for (int64_t i = 0; i < units.size(); ++i)
         for (int64_t r = 0; r < n; r += kRowBlock) {
-          const int64_t rows = std::min(kRowBlock, n - r);
+          const int64_t rows = std::min(kRowBlock, n - r), panel = units.turning(i, parity);
           ask_for(t, panel, r, rows);
           product(parity, panel, r, rows);
           cells(t, panel, r, rows, parity);

@@ -36,6 +36,9 @@ struct Slice {
 struct Share {
   int64_t begin, end;
   Share(int64_t n, int member, int of) : begin(n * member / of), end(n * (member + 1) / of) {}
+  // The i-th, from the other end in every other step: what was read last is still in L1.
+  int64_t turning(int64_t i, int parity) const { return parity ? end - 1 - i : begin + i; }
+  int64_t size() const { return end - begin; }
 };
 
 struct RecurrentPlan {
@@ -54,7 +57,7 @@ inline RecurrentPlan plan_recurrence(const RecurrentParams& p, int64_t units, in
                                      const Parallel& parallel) {
   const int64_t weights = int64_t(kGates[int(p.cell)]) * p.H * p.P, B = p.steps.B;
   constexpr int64_t kWake = 256 << 10;    // products that take as long as waking a thread
-  constexpr int64_t kBarrier = 32 << 10;  // ... as a barrier and what it makes cold
+  constexpr int64_t kBarrier = 24 << 10;  // ... as a barrier and what it makes cold
   constexpr int64_t kCache = 1280 << 10;  // bytes of L2 for weights that a thread reads every step
   const bool worth = parallel.threads > 1 && p.steps.N * weights * p.D > kWake;
   const int threads = worth ? std::max(1, parallel.threads / p.D) : 1;
