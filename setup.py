@@ -174,14 +174,16 @@ setup(
                 "csrc/bindings/layernorm.cpp",
                 "csrc/bindings/layernorm_ffn.cpp",
                 "csrc/bindings/linear_cross_entropy.cpp",
+                "csrc/bindings/recurrent.cpp",
                 "csrc/cpu/isa.cpp",
                 "csrc/cpu/scratch.cpp",
                 "csrc/cpu/attention.cpp",
                 "csrc/cpu/embedding.cpp",
                 "csrc/cpu/layernorm_ffn.cpp",
+                "csrc/cpu/recurrent.cpp",
                 *(
                     f"csrc/cpu/{op}_{isa}.cpp"
-                    for op in ["attention", "embedding", "layernorm_ffn"]
+                    for op in ["attention", "embedding", "layernorm_ffn", "recurrent"]
                     for isa in ["portable", *X86]
                 ),
             ],

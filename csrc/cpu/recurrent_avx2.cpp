@@ -1,0 +1,12 @@
+#define FASTATTN_ISA avx2
+#define FASTATTN_LEVEL 1
+#if defined(__x86_64__)
+#include "layernorm_ffn.h"
+#include "recurrent.h"
+#include "team.h"
+#include "target_begin.h"
+
+#include "recurrent_isa.h"
+
+#include "target_end.h"
+#endif
