@@ -9,12 +9,6 @@ over the fused call's. A row passes at its ratio or at 90 % of the bare GEMMs.
 GEMMs of D x F on M rows: forward 2, backward 4 more, 2 M D F FLOPs each.
 """
 
-import argparse
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,58 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.harness import DTYPES, Thunk, environment, load_average
-from fastattn.measure import Spread, interleave, ratios, spread
-
-SHARE = 0.9
-Compiler = Callable[[Any], Any]  # of a function: torch.compile, or one that gives None
-
-
-@dataclass(frozen=True)
-class Contest:
-    """Thunks on the same tensors; gemm: the bare products, None where there are none."""
-
-    stock: Thunk
-    fused: Thunk
-    gemm: Thunk | None = None
-    compiled: Thunk | None = None  # stock under torch.compile, where that was asked for
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    what: str
-    make: Callable[[Compiler], Contest]
-    ratio: float
-
-
-@dataclass
-class Row:
-    name: str
-    what: str
-    stock_s: Spread
-    fused_s: Spread
-    speedup: Spread
-    share: Spread | None
-    compiled: Spread | None  # torch.compile's time over ours
-    target: float
-    verdict: str
-    load: float
-
-
-def _step(
-    fn: Callable[..., Any] | None, leaves: list[Tensor], do: list[Tensor], train: bool
-) -> Any:
-    if fn is None:
-        return None
-    if train:
-        return lambda: torch.autograd.grad(fn(*leaves), leaves, do)
-
-    def inference() -> object:
-        with torch.no_grad():
-            return fn(*leaves)
-
-    return inference
+from bench.contest import Case, Compiler, Contest, parser, run, step
+from bench.harness import DTYPES
 
 
 def ffn(compiler: Compiler, rows: int, d: int, f: int, dtype: str, train: bool) -> Contest:
@@ -106,7 +50,7 @@ def ffn(compiler: Compiler, rows: int, d: int, f: int, dtype: str, train: bool) 
             torch.mm(u, w1, out=out_x)
             torch.mm(u.t(), x, out=dw1)
 
-    steps = [_step(fn, leaves, do, train) for fn in (stock, fused, compiler(stock))]
+    steps = [step(fn, leaves, do, train) for fn in (stock, fused, compiler(stock))]
     return Contest(steps[0], steps[1], gemm, steps[2])
 
 
@@ -124,7 +68,7 @@ def add_norm(compiler: Compiler, rows: int, d: int, dtype: str, train: bool) -> 
     def fused(x: Any, residual: Any, g: Any, b: Any) -> tuple[Tensor, Tensor]:
         return fastattn.add_layer_norm(x, residual, g, b, dropout_p=0.1)
 
-    steps = [_step(fn, leaves, do, train) for fn in (stock, fused, compiler(stock))]
+    steps = [step(fn, leaves, do, train) for fn in (stock, fused, compiler(stock))]
     return Contest(steps[0], steps[1], compiled=steps[2])
 
 
@@ -147,9 +91,9 @@ def loss(
     one = [torch.ones((), dtype=t)], [torch.ones(())]
     compiled = compiler(stock)
     return Contest(
-        _step(stock, [x, w], one[0], True),
-        _step(fused, [x, w], one[1], True),
-        compiled=_step(compiled, [x, w], one[0], True),
+        step(stock, [x, w], one[0], True),
+        step(fused, [x, w], one[1], True),
+        compiled=step(compiled, [x, w], one[0], True),
     )
 
 
@@ -189,64 +133,8 @@ def _cases() -> dict[str, Case]:
 CASES = _cases()
 
 
-def run_case(case: Case, rounds: int, max_seconds: float, compile_stock: bool) -> Row:
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    contest = case.make(torch.compile if compile_stock else lambda fn: None)
-    fns = {"stock": contest.stock, "fused": contest.fused}
-    for name in ("gemm", "compiled"):
-        if getattr(contest, name) is not None:
-            fns[name] = getattr(contest, name)
-    samples = interleave(fns, rounds=rounds, max_seconds=max_seconds, min_rounds=5)
-    speedup = ratios(samples["stock"], samples["fused"])
-    share = ratios(samples["gemm"], samples["fused"]) if "gemm" in samples else None
-    compiled = ratios(samples["compiled"], samples["fused"]) if "compiled" in samples else None
-    good = speedup.median >= case.ratio or (share is not None and share.median >= SHARE)
-    return Row(
-        case.name, case.what, spread(samples["stock"]), spread(samples["fused"]), speedup, share,
-        compiled, case.ratio, "PASS" if good else "SHORT", load_average(),
-    )  # fmt: skip
-
-
-def line(row: Row) -> str:
-    share = "      -" if row.share is None else f"{row.share.median:7.0%}"
-    peer = "      -" if row.compiled is None else f"{row.compiled.median:7.2f}"
-    return (
-        f"{row.name:26} {row.stock_s.median * 1e3:9.3f}ms {row.fused_s.median * 1e3:9.3f}ms "
-        f"{row.speedup:.2f} {row.target:5.2f}x {share} {peer}  {row.verdict}  [load {row.load:.1f}]"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", action="append", help="a case by name; repeatable; default: all")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--max-seconds", type=float, default=20.0, help="a case; at least 5 rounds")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile of stock beside it")
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
-    args = parser.parse_args(argv)
-    if args.list:
-        for case in CASES.values():
-            print(f"{case.name:26} {case.what}")
-        return
-    missing = [name for name in args.case or () if name not in CASES]
-    if missing:
-        sys.exit(f"bench.layernorm_ffn: no case {', '.join(missing)}; see --list")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    print(
-        f"{'case':26} {'stock':>11} {'fused':>11} {'ratio [q1, q3]':>17} {'target':>6} of gemm peer"
-    )
-    rows = []
-    for name in args.case or CASES:
-        rows.append(run_case(CASES[name], args.rounds, args.max_seconds, args.compile))
-        print(line(rows[-1]), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        shown = [asdict(row) for row in rows]
-        args.json.write_text(json.dumps({"environment": environment(), "rows": shown}, indent=1))
+    run(CASES, parser(__doc__).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def recurrence(
         h_n.append(h)
         c_n.append(c if c is not None else h.new_empty((0,)))
     rows = gx.shape[1]
-    y = [torch.cat(steps) if T else gx.new_empty((rows, h0.shape[2])) for steps in ys]
+    none = gx[0, :, :1].expand(rows, h0.shape[2])  # without steps: no rows, but a history
+    y = [torch.cat(steps) if T else none for steps in ys]
     return torch.cat(y, -1), torch.stack(h_n), torch.stack(c_n)
 
 

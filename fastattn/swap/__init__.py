@@ -31,18 +31,21 @@ def swap(
     skip: Patterns = None,
     backend: str = "auto",
 ) -> SwapReport:
-    """Make the attention, the feed-forward blocks and the norms of a model fused, in place.
+    """Make the attention, feed-forward blocks, norms and recurrent layers of a model fused, in
+    place.
 
     Served are ``torch.nn.MultiheadAttention``, ``TransformerEncoderLayer``,
-    ``TransformerDecoderLayer`` (so the whole ``Transformer``), ``LayerNorm`` and ``RMSNorm``, their
-    subclasses too if they keep the forward; every model of ``transformers`` whose attention goes
-    through ``AttentionInterface``, wherever it sits (in a ``SentenceTransformer``, in a wrapper);
-    and the feed-forward blocks, residuals, norms and embeddings of BERT, RoBERTa, DistilBERT,
-    GPT-2, Llama and T5.  Weights are shared, not copied.  Where a part of a block has hooks or is
-    not what it was (adapters, quantised layers), the block runs as its authors wrote it.
-    Parameters, ``state_dict``, hooks, the modules'
-    identity and their training flags stay as they are, so optimizers, checkpoints,
-    ``copy.deepcopy``, ``pickle``, ``save_pretrained``, DDP and ``torch.compile`` work as before.
+    ``TransformerDecoderLayer`` (so the whole ``Transformer``), ``LayerNorm``, ``RMSNorm``,
+    ``LSTM``, ``GRU``, ``RNN`` and their cells, their subclasses too if they keep the forward;
+    every model of ``transformers`` whose attention goes through ``AttentionInterface``, wherever
+    it sits (in a ``SentenceTransformer``, in a wrapper); and the feed-forward blocks, residuals,
+    norms and embeddings of BERT, RoBERTa, DistilBERT, GPT-2, Llama and T5.  Weights are shared,
+    not copied.  Where a part of a block has hooks or is not what it was (adapters, quantised
+    layers), the block runs as its authors wrote it; a recurrent layer whose weights are computed
+    (weight norm, parametrisations) stays as it is.
+    Parameters, ``state_dict``, hooks, the modules' identity and their training flags stay as they
+    are, so optimizers, checkpoints, ``copy.deepcopy``, ``pickle``, ``save_pretrained``, DDP and
+    ``torch.compile`` work as before.
 
     Calling it twice changes nothing more; with another ``backend`` it changes the backend.
 
@@ -88,6 +91,7 @@ def swap(
     attention |= _transformers.swap_models(model, selection, backend, report)
     _report_others(model, attention, report)
     _report_unknown(model, blocks, report)
+    _torch.report_recurrent(model, report)
     _warn_if_idle(report)
     return report
 
@@ -98,7 +102,7 @@ def _warn_if_idle(report: SwapReport) -> None:
     fused = report.count("attention") or any(s.why == ALREADY for s in alone)
     if (report or report.fused_before) and (fused or not alone):
         return
-    reasons = "; ".join(f"{s.name or 'the model'}: {s.why}" for s in alone[:3])
+    reasons = "; ".join(f"{s.name or 'the model'}: {s.why}" for s in (alone or report.skipped)[:3])
     what = "no attention" if report or report.fused_before else "nothing"
     warnings.warn(
         f"fastattn.swap replaced {what} in {report.model} ({reasons or 'no attention found'})",

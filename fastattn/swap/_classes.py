@@ -38,7 +38,9 @@ def _rebuild(fused: Any, former: Any) -> Any:
 
 def _reduce_ex(self: torch.nn.Module, protocol: int) -> tuple[Any, ...]:
     fused, former = type(self).__bases__
-    return _rebuild, (fused, former), self.__dict__
+    # Recurrent modules have a __getstate__; before Python 3.11 only they.
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _rebuild, (fused, former), state
 
 
 @functools.cache

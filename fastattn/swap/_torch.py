@@ -1,4 +1,4 @@
-"""Swapping torch's own modules: attention, encoder and decoder layers, norms.
+"""Swapping torch's own modules: attention, encoder and decoder layers, norms, recurrent layers.
 
 Each becomes the module of ``fastattn.nn`` that is its drop-in (see ``_classes``).
 ``torch.nn.TransformerEncoder``, ``TransformerDecoder`` and ``Transformer`` only call their layers
@@ -7,21 +7,28 @@ and keep their class: what they do about padding and causal masks stays torch's.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastattn.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
     LayerNorm,
+    LSTMCell,
     MultiheadAttention,
     RMSNorm,
+    RNNCell,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
 from fastattn.swap._classes import UNDO, change_class, why_not_changed
 from fastattn.swap._report import ALREADY, Replaced, Skipped, SwapReport
-from fastattn.swap._select import Selection
+from fastattn.swap._select import Selection, lineage
 
 _DROP_INS: tuple[tuple[Any, Any, str], ...] = (
     (torch.nn.MultiheadAttention, MultiheadAttention, "attention"),
@@ -29,7 +36,25 @@ _DROP_INS: tuple[tuple[Any, Any, str], ...] = (
     (torch.nn.TransformerDecoderLayer, TransformerDecoderLayer, "layer"),
     (torch.nn.LayerNorm, LayerNorm, "norm"),
     (torch.nn.RMSNorm, RMSNorm, "norm"),
+    (torch.nn.LSTM, LSTM, "recurrent"),
+    (torch.nn.GRU, GRU, "recurrent"),
+    (torch.nn.RNN, RNN, "recurrent"),
+    (torch.nn.LSTMCell, LSTMCell, "recurrent"),
+    (torch.nn.GRUCell, GRUCell, "recurrent"),
+    (torch.nn.RNNCell, RNNCell, "recurrent"),
 )
+_RECURRENT = tuple(stock for stock, _, kind in _DROP_INS if kind == "recurrent")
+_LIKE_RECURRENT = re.compile(r"(LSTM|GRU|RNN)(Cell)?$")
+# What the forward of a recurrent module calls on itself.
+_HELPERS = (
+    "check_forward_args",
+    "check_hidden_size",
+    "check_input",
+    "get_expected_cell_size",
+    "get_expected_hidden_size",
+    "permute_hidden",
+)
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 @dataclass(frozen=True)
@@ -46,7 +71,35 @@ def why_not(module: torch.nn.Module, stock: type[torch.nn.Module]) -> str | None
     """None if the module can be swapped, else the reason."""
     if type(module).forward is not stock.forward:
         return f"a subclass of torch.nn.{stock.__name__} with a forward of its own"
+    if isinstance(module, _RECURRENT):
+        return _why_not_recurrent(module, stock) or why_not_changed(module)
     return why_not_changed(module)
+
+
+def _why_not_recurrent(module: Any, stock: Any) -> str | None:
+    """Weights that are no parameters of the module are made by somebody's code in every call."""
+    names = getattr(module, "_flat_weights_names", _CELL_WEIGHTS)
+    if any(name not in module._parameters for name in names):
+        return "its weights are computed ones (weight norm, a parametrisation, pruning)"
+    for name in _HELPERS:
+        if getattr(type(module), name, None) is not getattr(stock, name, None):
+            return f"a subclass of torch.nn.{stock.__name__} with a {name} of its own"
+    return None
+
+
+def report_recurrent(model: torch.nn.Module, report: SwapReport) -> None:
+    """Add what is called recurrent, is none of torch.nn's modules and holds none."""
+    seen: set[str] = set()
+    for name, module in model.named_modules():
+        cls = type(module)
+        if not _LIKE_RECURRENT.search(cls.__name__) or any(n in seen for n in lineage(name)):
+            continue
+        if any(isinstance(m, _RECURRENT) for m in module.modules()):
+            continue
+        seen.add(name)
+        quantised = cls.__module__.startswith(("torch.ao.", "torch.nn.quant", "torchao."))
+        why = "it is quantised" if quantised else "a class that the swap does not know"
+        report.skipped.append(Skipped(name, cls.__name__, why, "recurrent"))
 
 
 def swap_modules(
