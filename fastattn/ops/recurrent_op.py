@@ -182,6 +182,8 @@ class _Before:
         if steps.offsets is not None:
             return [(slice(None), self._packed(d, h0, mask))]
         y, B, N = self.y[:, d], h0.shape[0], self.y.shape[0]
+        if N == 0:
+            return [(slice(None), y)]
         backwards = bool(steps.reverse >> d & 1)
         h = y[B:] if backwards else y[: N - B]
         if mask is not None:
@@ -224,13 +226,17 @@ def _weight_gradients(
         first = 1 + 5 * d
         d_n = dghn[d] if steps.cell == GRU else None
         found.append(dgx[d].t() @ layer.x if wants(first) else None)
-        found.append(_hidden_gradient(before.pairs(d), w_hh, dgx[d], d_n) if wants(first + 1) else None)
+        found.append(
+            _hidden_gradient(before.pairs(d), w_hh, dgx[d], d_n) if wants(first + 1) else None
+        )
         sums = dgx[d].sum(0) if wants(first + 2) or wants(first + 3) else None
         found.append(sums if b_ih is not None and wants(first + 2) else None)
         of_h = None
         if sums is not None and b_hh is not None and wants(first + 3):
             # LSTM's and RNN's two biases have one gradient, in two tensors.
-            of_h = sums.clone() if d_n is None else torch.cat((sums[: 2 * d_n.shape[1]], d_n.sum(0)))
+            of_h = (
+                sums.clone() if d_n is None else torch.cat((sums[: 2 * d_n.shape[1]], d_n.sum(0)))
+            )
         found.append(of_h)
         if w_hr is not None and wants(first + 4):
             found.append(dh[d].t() @ _projected(gates[d], cells[d], steps))
@@ -254,7 +260,9 @@ def _hidden_gradient(
 ) -> Tensor:
     out = torch.empty_like(w_hh)
     H = 0 if dghn is None else dghn.shape[1]
-    parts = [(out, dgx)] if dghn is None else [(out[: 2 * H], dgx[:, : 2 * H]), (out[2 * H :], dghn)]
+    parts = (
+        [(out, dgx)] if dghn is None else [(out[: 2 * H], dgx[:, : 2 * H]), (out[2 * H :], dghn)]
+    )
     for to, gradient in parts:
         rows, h = pairs[0]
         torch.mm(gradient[rows].t(), h, out=to)
@@ -274,14 +282,24 @@ def _bwd_impl(recurrence: Backward, *args: Any) -> tuple[Tensor, ...]:
         return bool(need >> i & 1)
 
     grads: list[Tensor | None] = [None] * _N_TENSORS
+    if layer.x.shape[0] == 0:  # no step, nothing saved
+        grads = [None if t is None else torch.zeros_like(t) for t in args[:11]] + [dh0, dc0]
+        return _every(grads, layer, need)
     if wants(0):
         dx = dgx[0] @ layer.weights[0][0]
         grads[0] = dx if len(layer.weights) == 1 else dx.addmm_(dgx[1], layer.weights[1][0])
     grads[1:11] = _weight_gradients(wants, layer, steps, saved, dgx, dghn, dh)
     grads[11] = dh0 if wants(11) else None
     grads[12] = dc0 if wants(12) and layer.c0 is not None else None
-    nothing = layer.x.new_empty((0,))
-    return tuple(nothing.clone() if g is None else g for g in grads)
+    return _every(grads, layer, need)
+
+
+def _every(grads: list[Tensor | None], layer: _Layer, need: int) -> tuple[Tensor, ...]:
+    """All gradients; those that nobody wants are empty."""
+    return tuple(
+        layer.x.new_empty((0,)) if g is None or not need >> i & 1 else g
+        for i, g in enumerate(grads)
+    )
 
 
 # ---------------------------------------------------------------------------- schema and autograd
