@@ -1,5 +1,5 @@
-"""The layers of recurrent_op.py on GPU backends: torch's GEMM for the inputs, then the recurrence of
-Triton (recurrent_triton.py) or CUDA C++ (recurrent_cuda.py), behind its first-use verdict.
+"""The layers of recurrent_op.py on GPU backends: torch's GEMM for the inputs, then the recurrence
+of Triton (recurrent_triton.py) or CUDA C++ (recurrent_cuda.py), behind its first-use verdict.
 
 Registered under the CUDA key, and under the CPU key for tests (Triton's interpreter; tests/sim).
 """
@@ -180,7 +180,7 @@ def _check(backend: str, given: tuple[Any, ...]) -> str | None:
     up = (*ups, None)[:3]
     dgx, _, dh0, dc0, _ = module.backward(*up, y, gates, cells, hh, hr, h, c, *steps)
     found = [t for t in (y, h_n, c_n) if t.numel()] + [dgx, dh0] + ([dc0] if c0 is not None else [])
-    names = ["y", "h_n", "c_n"][: len(ups)] + ["dgx", "dh0", "dc0"]
+    names = [*("y", "h_n", "c_n")[: len(ups)], "dgx", "dh0", "dc0"]
     more = 16 * torch.finfo(h0.dtype).eps
     complaints: list[str] = []
     for name, got, r in zip(names, found, right, strict=False):

@@ -1,7 +1,7 @@
 """The torch.library ops beneath LSTM, GRU and RNN, one layer each: schema, fake, autograd.
 
-A layer is the product of all steps' inputs (torch's GEMM), the recurrence (a backend's kernels), and
-in the backward the weights' gradients (torch's GEMMs again, over all steps at once). The
+A layer is the product of all steps' inputs (torch's GEMM), the recurrence (a backend's kernels),
+and in the backward the weights' gradients (torch's GEMMs again, over all steps at once). The
 recurrence is reference/recurrent.py's; its kernels on the CPU are csrc/bindings/recurrent.cpp,
 on Triton recurrent_triton.py, in CUDA C++ recurrent_cuda.py.
 
@@ -198,9 +198,9 @@ class _Before:
         return [inner, (last, h0)]
 
     def _packed(self, d: int, h0: Tensor, mask: Tensor | None) -> Tensor:
-        offsets, B = self.steps.offsets, h0.shape[0]
+        offsets = self.steps.offsets
         assert offsets is not None
-        N, T, device = self.y.shape[0], self.steps.T, h0.device
+        N, device = self.y.shape[0], h0.device
         counts = offsets.long().diff()
         rows = torch.arange(N, device=device)
         step = torch.bucketize(rows, offsets.long()[1:], right=True)
@@ -222,7 +222,7 @@ def _weight_gradients(
     y, gates, cells = saved
     found: list[Tensor | None] = []
     before = _Before(layer, y, steps)
-    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(layer.weights):
+    for d, (_, w_hh, b_ih, b_hh, w_hr) in enumerate(layer.weights):
         first = 1 + 5 * d
         d_n = dghn[d] if steps.cell == GRU else None
         found.append(dgx[d].t() @ layer.x if wants(first) else None)
