@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops import recurrent_step
 from fastattn.ops._eager import (
     below_autograd,
     differentiable_gradients,
@@ -93,7 +94,7 @@ class _Layer(NamedTuple):
     def of(cls, tensors: Sequence[Any]) -> _Layer:
         x, *weights, h0, c0 = tensors
         D = 1 if weights[5] is None else 2
-        return cls(x, tuple(tuple(weights[5 * d : 5 * d + 5]) for d in range(D)), h0, c0)  # type: ignore[misc]
+        return cls(x, tuple(tuple(weights[5 * d : 5 * d + 5]) for d in range(D)), h0, c0)
 
     def part(self, i: int) -> list[Any]:
         """w_ih, w_hh, b_ih, b_hh or w_hr of every direction, as far as they are given."""
@@ -396,7 +397,8 @@ class _Ops:
 
 
 def _by_reference(tensors: Sequence[Any], steps: Steps) -> tuple[Tensor, ...]:
-    return reference.layer(*_Layer.of(tensors), *steps)
+    x, weights, h0, c0 = _Layer.of(tensors)
+    return reference.layer(x, weights, h0, c0, *steps)
 
 
 def backward_by_reference(*args: Any) -> tuple[Tensor, ...]:
@@ -437,6 +439,20 @@ lib.impl("recurrent_layer_fwd", _cpu_fwd, "CPU")
 lib.impl("recurrent_layer_bwd", lambda *args: _bwd_impl(_cpu_recurrence_bwd, *args), "CPU")
 
 
+def _may_step(x: Tensor, weights: Sequence[Weights], steps: Steps, backend: str) -> bool:
+    """Whether recurrent_step.py serves a call of one step; no compiler or fake mode looks on."""
+    return (
+        backend == "cpu"
+        and len(weights) == 1
+        and weights[0][4] is None
+        and steps[:3] == (None, None, None)
+        and type(x) is Tensor
+        and x.shape[0] > 0
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def layer(
     x: Tensor,
     weights: Sequence[Weights],
@@ -455,6 +471,11 @@ def layer(
     steps = Steps(h_mask, offsets, lengths, T, cell, reverse)
     if backend == "reference" or transformed():
         return reference.layer(x, weights, h0, c0, *steps)
+    if T == 1 and _may_step(x, weights, steps, backend):
+        inputs = (x, *weights[0][:4], h0, c0)
+        if wants_grad(*inputs):
+            return recurrent_step.function.apply(*inputs, cell)  # type: ignore[no-any-return]
+        return recurrent_step.run(*inputs, cell, False)[:3]  # type: ignore[return-value]
     second = weights[1] if len(weights) > 1 else (None,) * 5
     tensors = (x, *weights[0], *second, h0, c0)
     ops = _OPS[backend]
