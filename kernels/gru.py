@@ -26,11 +26,11 @@ _RNN_TANH = RNN_TANH
 
 @triton.jit
 def gru_products(
-    r, z, hn, x_ptr, w_ptr, b, ok, u, H: tl.constexpr, BLOCK_U: tl.constexpr,
+    r, z, hn, x_ptr, w_ptr, b, ok, u, depth, H: tl.constexpr, BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The inputs of r and z plus W_hh x, and hn, whose input joins only after r has scaled it."""
-    for first in range(0, H, BLOCK_K):
+    for first in range(0, depth, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = load_operand(x_ptr, b, ok, k, H, H, BLOCK_K)
         r = dot(x, tl.trans(load_weight(w_ptr, u, k, H, H, BLOCK_U, BLOCK_K)), r)
@@ -71,16 +71,22 @@ def gru_cell(
 
 
 @triton.jit
-def gru_gradients(
-    dh, h_before, gates_ptr, dgx_ptr, dghn_ptr, rows, here, u, H: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-):  # fmt: skip
-    """dgx and dghn into memory; returns what W_hh transposes (dr, dz, dhn), and the part of the
-    gradient of h_before that passes W_hh by."""
+def gru_load(gates_ptr, rows, here, u, H: tl.constexpr, BLOCK_U: tl.constexpr):
+    """r, z, n and hn as ``gru_cell`` saved them."""
     r = load_units(gates_ptr, rows, here, u, H, 4 * H, BLOCK_U)
     z = load_units(gates_ptr + H, rows, here, u, H, 4 * H, BLOCK_U)
     n = load_units(gates_ptr + 2 * H, rows, here, u, H, 4 * H, BLOCK_U)
     hn = load_units(gates_ptr + 3 * H, rows, here, u, H, 4 * H, BLOCK_U)
+    return r, z, n, hn
+
+
+@triton.jit
+def gru_gradients(
+    dh, r, z, n, hn, h_before, dgx_ptr, dghn_ptr, rows, here, u, H: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """dgx and dghn into memory; returns what W_hh transposes (dr, dz, dhn), and the part of the
+    gradient of h_before that passes W_hh by."""
     dn = dh * (1.0 - z) * (1.0 - n * n)
     dr = dn * hn * r * (1.0 - r)
     dz = dh * (h_before - n) * z * (1.0 - z)
@@ -93,9 +99,10 @@ def gru_gradients(
 
 @triton.jit
 def rnn_products(
-    a, x_ptr, w_ptr, b, ok, u, H: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    for first in range(0, H, BLOCK_K):
+    a, x_ptr, w_ptr, b, ok, u, depth, H: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    for first in range(0, depth, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = load_operand(x_ptr, b, ok, k, H, H, BLOCK_K)
         a = dot(x, tl.trans(load_weight(w_ptr, u, k, H, H, BLOCK_U, BLOCK_K)), a)

@@ -23,11 +23,11 @@ from fastattn.kernels.recurrent_common import (
 
 @triton.jit
 def lstm_products(
-    i, f, g, o, x_ptr, w_ptr, b, ok, u, H: tl.constexpr, P: tl.constexpr, BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    i, f, g, o, x_ptr, w_ptr, b, ok, u, depth, H: tl.constexpr, P: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gates' inputs plus W_hh x, x (B, P)."""
-    for first in range(0, P, BLOCK_K):
+    """The gates' inputs plus W_hh x, x (B, P). depth: P."""
+    for first in range(0, depth, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = load_operand(x_ptr, b, ok, k, P, P, BLOCK_K)
         i = dot(x, tl.trans(load_weight(w_ptr, u, k, H, P, BLOCK_U, BLOCK_K)), i)
@@ -38,11 +38,12 @@ def lstm_products(
 
 
 @triton.jit
-def lstm_inputs(gx_ptr, rows, here, u, H: tl.constexpr, BLOCK_U: tl.constexpr):
-    i = load_units(gx_ptr, rows, here, u, H, 4 * H, BLOCK_U)
-    f = load_units(gx_ptr + H, rows, here, u, H, 4 * H, BLOCK_U)
-    g = load_units(gx_ptr + 2 * H, rows, here, u, H, 4 * H, BLOCK_U)
-    o = load_units(gx_ptr + 3 * H, rows, here, u, H, 4 * H, BLOCK_U)
+def lstm_load(ptr, rows, here, u, H: tl.constexpr, BLOCK_U: tl.constexpr):
+    """What the gates get from the input, or the saved gates."""
+    i = load_units(ptr, rows, here, u, H, 4 * H, BLOCK_U)
+    f = load_units(ptr + H, rows, here, u, H, 4 * H, BLOCK_U)
+    g = load_units(ptr + 2 * H, rows, here, u, H, 4 * H, BLOCK_U)
+    o = load_units(ptr + 3 * H, rows, here, u, H, 4 * H, BLOCK_U)
     return i, f, g, o
 
 
@@ -70,12 +71,11 @@ def lstm_cell(
 
 @triton.jit
 def lstm_gradients(
-    dh, dc, c, c_before, gates_ptr, dgx_ptr, rows, here, u, H: tl.constexpr, BLOCK_U: tl.constexpr
+    dh, dc, i, f, g, o, c, c_before, dgx_ptr, rows, here, u, H: tl.constexpr, BLOCK_U: tl.constexpr
 ):
-    """dgx into memory; returns the four and the gradient of c_before.
+    """dgx, into memory too, and the gradient of c_before.
 
     dh: of h before a projection; dc: of c from later steps."""
-    i, f, g, o = lstm_inputs(gates_ptr, rows, here, u, H, BLOCK_U)
     t = tanh(c)
     dc += dh * o * (1.0 - t * t)
     di = dc * g * i * (1.0 - i)

@@ -20,8 +20,13 @@ import torch
 import triton
 from torch import Tensor
 
+from fastattn.kernels import configs
 from fastattn.kernels.launch import device_of, launch
 from fastattn.kernels.recurrent_checks import GATES, check_backward, check_call, check_forward
+from fastattn.kernels.recurrent_sequence import (
+    recurrent_sequence_backward_kernel,
+    recurrent_sequence_kernel,
+)
 from fastattn.kernels.recurrent_steps import (
     hidden_gradient_kernel,
     project_kernel,
@@ -31,6 +36,13 @@ from fastattn.kernels.recurrent_steps import (
 from fastattn.kernels.rows import on_cpu
 
 LSTM, GRU, RNN_TANH, RNN_RELU = range(4)
+
+# Bytes of W_hh that a program may hold: of 163 KB of shared memory (sm_80; 227 on sm_90 and 100), 99
+# (sm_86, 89, 120), 64 (gfx942), the largest power of two that leaves 24 KB to the rest.
+_WEIGHTS = {
+    "sm80": 128 << 10, "sm86": 64 << 10, "sm90": 128 << 10, "sm100": 128 << 10, "sm120": 64 << 10,
+    "gfx9": 32 << 10, "cpu": 64 << 10,
+}  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -98,6 +110,32 @@ def pair(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
 # ---- tiers -------------------------------------------------------------------------------------
 
 
+def whole_sequence(
+    cell: int, H: int, projected: bool, dtype: torch.dtype, family: str
+) -> bool:
+    """Whether one program can hold W_hh of a direction: G W W items in shared memory, W the power of
+    two from H on, beside what the step's operands take (at most 24 KB, tests/rungs/budgets.json).
+
+    It then makes a step in about 1 to 2 us (*model*: 128 KB of weights from shared memory at 128
+    bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512, and
+    the gates as long again), where a step of its own is a launch. It uses D B / 16 SMs, though;
+    with B in the thousands that is all of them."""
+    return not projected and GATES[cell] * _width(H) ** 2 * dtype.itemsize <= _WEIGHTS[family]
+
+
+def _width(H: int) -> int:
+    return max(16, triton.next_power_of_2(H))
+
+
+def sequence_tile(H: int, dtype: torch.dtype, cpu: bool) -> Tile:
+    """Warps share the units, 16 a warp up to 8 warps; twice as many in fp32, whose operands of a
+    product live in registers."""
+    if cpu:
+        return Tile(16, _width(H), 0, 1, 1)
+    warps = min(8, max(4, _width(H) // (8 if dtype == torch.float32 else 16)))
+    return Tile(16, _width(H), 0, warps, 1)
+
+
 def step_tile(B: int, depth: int, dtype: torch.dtype, cpu: bool, backward: bool) -> Tile:
     """Few units a program, so that H / 16 programs share the weights: at H = 1024 that is 64 of an
     H100's 132 SMs, and 8 KB of an LSTM's weights a stage on each. Backward a unit has one column
@@ -139,9 +177,27 @@ def recurrent_forward(
     if call.empty:
         return y, h0.clone(), h0.new_empty((0,)) if c0 is None else c0.clone(), gates, cells
     with device_of(h0):
+        if whole_sequence(cell, H, bool(w_hr), h0.dtype, configs.family_of(h0.device)):
+            return y, *_forward_sequence(call, gx, b_hn, y, *saved), gates, cells
         h_n, c_n = _forward_steps(call, gx, b_hn, y, *saved)
     c_n = h0.new_empty((0,)) if c_n is None else c_n.to(h0.dtype)
     return y, h_n.to(h0.dtype), c_n, gates, cells
+
+
+def _forward_sequence(
+    call: Call, gx: Tensor, b_hn: Sequence[Tensor], y: Tensor, gates: Tensor | None,
+    cells: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    h0, c0, D, B = call.h0, call.c0, *call.h0.shape[:2]
+    h_n, c_n = torch.empty_like(h0), h0.new_empty((0,)) if c0 is None else torch.empty_like(c0)
+    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0))
+    launch(
+        recurrent_sequence_kernel, (D * triton.cdiv(B, tile.BLOCK_B),), gx, *pair(call.w_hh),
+        *pair(b_hn), h0, c0, call.h_mask, call.offsets, call.lengths, y, h_n,
+        None if c0 is None else c_n, gates, cells, *call.which(0)[1:], call.cell, call.H, D,
+        call.ragged, *tile[:2], num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return h_n, c_n
 
 
 def _forward_steps(
@@ -163,13 +219,13 @@ def _forward_steps(
         after = xs[step % 2], hs[step % 2], cs[step % 2]
         launch(
             recurrent_step_kernel, grid, gx, *pair(call.w_hh), *pair(b_hn), *where, x, h, c, y,
-            *after, m, gates, cells, *call.which(step), call.cell, H, P, D, call.ragged, *tile[:3],
+            *after, m, gates, cells, *call.which(step), P, call.cell, H, P, D, call.ragged, *tile[:3],
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if m is not None:
             launch(
                 project_kernel, project_grid, m, *pair(call.w_hr), *where, h, y, *after[:2],
-                *call.which(step), H, P, D, call.ragged, *project[:3],
+                *call.which(step), H, H, P, D, call.ragged, *project[:3],
                 num_warps=project.num_warps, num_stages=project.num_stages,
             )  # fmt: skip
         x, h, c = after
@@ -215,7 +271,10 @@ def recurrent_backward(
     dc = None if c0 is None else torch.zeros_like(c0) if dc_n is None else dc_n
     if not call.empty:
         with device_of(h0):
-            dh, dc = _backward_steps(call, dy, dh, dc, y, gates, cells, dgx, dghn, dm)
+            if whole_sequence(cell, H, bool(w_hr), h0.dtype, configs.family_of(h0.device)):
+                dh, dc = _backward_sequence(call, dy, dh_n, dc_n, y, gates, cells, dgx, dghn)
+            else:
+                dh, dc = _backward_steps(call, dy, dh, dc, y, gates, cells, dgx, dghn, dm)
     nothing = h0.new_empty((0,))
     return (
         dgx,
@@ -224,6 +283,22 @@ def recurrent_backward(
         nothing.clone() if dc is None else dc.to(h0.dtype, copy=dc is dc_n),
         nothing.clone() if dm is None else dm,
     )
+
+
+def _backward_sequence(
+    call: Call, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, y: Tensor,
+    gates: Tensor, cells: Tensor, dgx: Tensor, dghn: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    h0, c0, D, B = call.h0, call.c0, *call.h0.shape[:2]
+    dh0, dc0 = torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)
+    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0))
+    launch(
+        recurrent_sequence_backward_kernel, (D * triton.cdiv(B, tile.BLOCK_B),), dy, dh_n, dc_n, y,
+        gates, cells, *pair(call.w_hh), h0, c0, call.h_mask, call.offsets, call.lengths, dgx, dghn,
+        dh0, dc0, *call.which(0)[1:], call.cell, call.H, D, *tile[:2],
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dh0, dc0
 
 
 def _backward_steps(

@@ -30,12 +30,13 @@ from fastattn.kernels.gru import (
     gru_cell,
     gru_gradients,
     gru_inputs,
+    gru_load,
     gru_products,
     rnn_cell,
     rnn_gradient,
     rnn_products,
 )
-from fastattn.kernels.lstm import lstm_cell, lstm_gradients, lstm_inputs, lstm_products
+from fastattn.kernels.lstm import lstm_cell, lstm_gradients, lstm_load, lstm_products
 from fastattn.kernels.recurrent_common import (
     dot,
     load_operand,
@@ -72,12 +73,13 @@ def store_hidden(
     store_units(x_next_ptr, h, at, ok, u, P, P, BLOCK_U)
 
 
-@triton.jit(do_not_specialize=["step", "T", "reverse", "B", "N"])
+@triton.jit(do_not_specialize=["step", "T", "reverse", "B", "N", "depth"])
 def recurrent_step_kernel(
     gx_ptr, w0_ptr, w1_ptr, b_hn0_ptr, b_hn1_ptr, mask_ptr, offsets_ptr, lengths_ptr,
     x_ptr, h_ptr, c_ptr, y_ptr, x_next_ptr, h_next_ptr, c_next_ptr, m_ptr, gates_ptr, cells_ptr,
-    step, T, reverse, B, N, CELL: tl.constexpr, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    step, T, reverse, B, N, depth, CELL: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, RAGGED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gx (D, N, G H), w (G H, P), b_hn (H,), x (D, B, P), h (D, B, P) and c (D, B, H) fp32 -> y (N,
     D P), the three states after the step, gates (D, N, 4 H), cells (D, N, H). m_ptr (D, B, H): h
@@ -89,9 +91,11 @@ def recurrent_step_kernel(
     w_ptr = of_direction(w0_ptr, w1_ptr, d)
     x_ptr += d * B * P
     if CELL == _LSTM:
-        i, f, g, o = lstm_inputs(gx_ptr, saved, here, u, H, BLOCK_U)
+        i, f, g, o = lstm_load(gx_ptr, saved, here, u, H, BLOCK_U)
         c = load_units(c_ptr, d * B + b, ok, u, H, H, BLOCK_U)
-        i, f, g, o = lstm_products(i, f, g, o, x_ptr, w_ptr, b, ok, u, H, P, BLOCK_U, BLOCK_K)
+        i, f, g, o = lstm_products(
+            i, f, g, o, x_ptr, w_ptr, b, ok, u, depth, H, P, BLOCK_U, BLOCK_K
+        )
         h, c_new = lstm_cell(i, f, g, o, c, gates_ptr, cells_ptr, saved, here, u, H, BLOCK_U)
         if RAGGED:
             c_new = tl.where(here[:, None], c_new, c)
@@ -102,11 +106,11 @@ def recurrent_step_kernel(
         if b_hn0_ptr is not None:
             hn = gru_bias(of_direction(b_hn0_ptr, b_hn1_ptr, d), hn, u, H)
         before = load_units(h_ptr, d * B + b, ok, u, H, H, BLOCK_U)
-        r, z, hn = gru_products(r, z, hn, x_ptr, w_ptr, b, ok, u, H, BLOCK_U, BLOCK_K)
+        r, z, hn = gru_products(r, z, hn, x_ptr, w_ptr, b, ok, u, depth, H, BLOCK_U, BLOCK_K)
         h = gru_cell(r, z, n, hn, before, gates_ptr, saved, here, u, H, BLOCK_U)
     else:
         a = load_units(gx_ptr, saved, here, u, H, H, BLOCK_U)
-        h = rnn_cell(rnn_products(a, x_ptr, w_ptr, b, ok, u, H, BLOCK_U, BLOCK_K), CELL)
+        h = rnn_cell(rnn_products(a, x_ptr, w_ptr, b, ok, u, depth, H, BLOCK_U, BLOCK_K), CELL)
     if m_ptr is not None:
         store_units(m_ptr, h, d * B + b, ok, u, H, H, BLOCK_U)
     else:
@@ -116,19 +120,19 @@ def recurrent_step_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["step", "T", "reverse", "B", "N"])
+@triton.jit(do_not_specialize=["step", "T", "reverse", "B", "N", "depth"])
 def project_kernel(
     m_ptr, w0_ptr, w1_ptr, mask_ptr, offsets_ptr, lengths_ptr, h_ptr, y_ptr, x_next_ptr, h_next_ptr,
-    step, T, reverse, B, N, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    step, T, reverse, B, N, depth, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     RAGGED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h = m W_hr^T: a program owns BLOCK_U features of P. m (D, B, H), W_hr (P, H)."""
+    """h = m W_hr^T: a program owns BLOCK_U features of P. m (D, B, H), W_hr (P, H), depth H."""
     d, b, u = place(B, P, BLOCK_B, BLOCK_U)
     ok = b < B
     rows, here = rows_of(time_of(step, T, reverse, d), b, B, T, N, offsets_ptr, lengths_ptr)
     w_ptr = of_direction(w0_ptr, w1_ptr, d)
     h = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
-    for first in range(0, H, BLOCK_K):
+    for first in range(0, depth, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         m = load_operand(m_ptr, d * B + b, ok, k, H, H, BLOCK_K)
         h = dot(m, tl.trans(load_weight(w_ptr, u, k, P, H, BLOCK_U, BLOCK_K)), h)
@@ -202,36 +206,54 @@ def of_step_before(
 
 
 @triton.jit
-def cell_gradients(
-    dh, dc, step, d, b, rows, here, y_ptr, gates_ptr, cells_ptr, h0_ptr, c0_ptr, offsets_ptr,
-    lengths_ptr, dgx_ptr, dghn_ptr, T, reverse, B, N, u, CELL: tl.constexpr, H: tl.constexpr,
-    D: tl.constexpr, BLOCK_U: tl.constexpr,
+def load_saved(
+    step, d, b, rows, here, y_ptr, gates_ptr, cells_ptr, h0_ptr, c0_ptr, offsets_ptr, lengths_ptr,
+    T, reverse, B, N, u, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """dgx (and dghn) of a step into memory. Returns the gates' gradients (four; what a cell has not
-    repeats its first), the part of dh that passes the step by, and the gradient of c before it."""
+    """What the backward of a step wants of the forward, fp32: LSTM i f g o, c and c before; GRU r z n
+    hn and h before; RNN h. Six; what a cell has not repeats another."""
     saved = d * N + rows
-    by = tl.zeros_like(dh)
     if CELL == _LSTM:
-        c = load_units(cells_ptr, saved, here, u, H, H, BLOCK_U)
-        c_before = of_step_before(
+        s0, s1, s2, s3 = lstm_load(gates_ptr, saved, here, u, H, BLOCK_U)
+        s4 = load_units(cells_ptr, saved, here, u, H, H, BLOCK_U)
+        s5 = of_step_before(
             cells_ptr + d * N * H, c0_ptr, step, d, b, here, u, T, reverse, B, N, H, offsets_ptr,
             lengths_ptr, H, BLOCK_U,
         )  # fmt: skip
-        g0, g1, g2, g3, dc = lstm_gradients(
-            dh, dc, c, c_before, gates_ptr, dgx_ptr, saved, here, u, H, BLOCK_U
-        )
     elif CELL == _GRU:
-        h_before = of_step_before(
+        s0, s1, s2, s3 = gru_load(gates_ptr, saved, here, u, H, BLOCK_U)
+        s4 = of_step_before(
             y_ptr + d * H, h0_ptr, step, d, b, here, u, T, reverse, B, N, D * H, offsets_ptr,
             lengths_ptr, H, BLOCK_U,
         )  # fmt: skip
+        s5 = s4
+    else:
+        s0 = load_units(y_ptr + d * H, rows, here, u, H, D * H, BLOCK_U)
+        s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
+    return s0, s1, s2, s3, s4, s5
+
+
+@triton.jit
+def cell_gradients(
+    dh, dc, s0, s1, s2, s3, s4, s5, dgx_ptr, dghn_ptr, saved, here, u, CELL: tl.constexpr,
+    H: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """dgx (and dghn) of a step into memory. Returns the gradients that W_hh transposes (four; what a
+    cell has not repeats its first), the part of dh that passes the step by, and the gradient of c
+    before it. s0 to s5: as :func:`load_saved` gives them."""
+    by = tl.zeros_like(dh)
+    if CELL == _LSTM:
+        g0, g1, g2, g3, dc = lstm_gradients(
+            dh, dc, s0, s1, s2, s3, s4, s5, dgx_ptr, saved, here, u, H, BLOCK_U
+        )
+    elif CELL == _GRU:
         g0, g1, g2, by = gru_gradients(
-            dh, h_before, gates_ptr, dgx_ptr, dghn_ptr, saved, here, u, H, BLOCK_U
+            dh, s0, s1, s2, s3, s4, dgx_ptr, dghn_ptr, saved, here, u, H, BLOCK_U
         )
         g3 = g0
     else:
-        y = load_units(y_ptr + d * H, rows, here, u, H, D * H, BLOCK_U)
-        g0 = rnn_gradient(dh, y, dgx_ptr, saved, here, u, CELL, H, BLOCK_U)
+        g0 = rnn_gradient(dh, s0, dgx_ptr, saved, here, u, CELL, H, BLOCK_U)
         g1, g2, g3 = g0, g0, g0
     return g0, g1, g2, g3, by, dc
 
@@ -251,6 +273,11 @@ def recurrent_step_backward_kernel(
     at = d * B + b
     rows, here = rows_of(time_of(step, T, reverse, d), b, B, T, N, offsets_ptr, lengths_ptr)
     w_ptr = of_direction(w0_ptr, w1_ptr, d)
+    # Asked for before the product, whose loads they then overlap.
+    s0, s1, s2, s3, s4, s5 = load_saved(
+        step, d, b, rows, here, y_ptr, gates_ptr, cells_ptr, h0_ptr, c0_ptr, offsets_ptr,
+        lengths_ptr, T, reverse, B, N, u, CELL, H, D, BLOCK_U,
+    )  # fmt: skip
     if dm_ptr is not None:
         dh = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
         dh = multiply(dh, dm_ptr, P, d * N + rows, here, w_ptr, u, P, P, H, BLOCK_U, BLOCK_K)
@@ -266,9 +293,8 @@ def recurrent_step_backward_kernel(
     if CELL == _LSTM:
         dc = load_units(dc_ptr, at, ok, u, H, H, BLOCK_U)
     _, _, _, _, by, dc_before = cell_gradients(
-        dh, dc, step, d, b, rows, here, y_ptr, gates_ptr, cells_ptr, h0_ptr, c0_ptr, offsets_ptr,
-        lengths_ptr, dgx_ptr, dghn_ptr, T, reverse, B, N, u, CELL, H, D, BLOCK_U,
-    )  # fmt: skip
+        dh, dc, s0, s1, s2, s3, s4, s5, dgx_ptr, dghn_ptr, d * N + rows, here, u, CELL, H, BLOCK_U
+    )
     if RAGGED:
         by = tl.where(here[:, None], by, kept)
         dc_before = tl.where(here[:, None], dc_before, dc)
