@@ -148,7 +148,7 @@ def _shapes(call: Call, y: Tensor, h_n: Tensor, c_n: Tensor, grads: dict[str, Te
 def _of_weights(
     call: Call, y: Tensor, gates: Tensor, cells: Tensor, grads: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """dw_hh, db_hn and dw_hr of each direction, in fp64."""
+    """dw_hh, db_hn and dw_hr of each direction: sums in fp64, then in the call's dtype."""
     D, B, H, P = call.sizes
     made = {}
     mask = call.tensors.get("h_mask")
@@ -169,7 +169,7 @@ def _of_weights(
             rows = call.there()
             m = gates[d, rows, 3 * H :].double() * torch.tanh(cells[d, rows].double())
             made[f"dw_hr{d}"] = grads["dh"][d, rows].double().T @ m
-    return made
+    return {n: x.to(y.dtype) for n, x in made.items()}
 
 
 def judge(call: Call) -> Result:

@@ -1,0 +1,55 @@
+"""Rung (b) on the kernels of LSTM, GRU and RNN: bounds, races, reads, values."""
+
+import pytest
+import torch
+from recurrent_calls import run
+
+from rungs import recurrent_cases
+from rungs.semantics import semantics
+
+FEW = ("rec_lstm_steps", "rec_gru_sequence", "rec_projected_steps")
+
+
+@pytest.mark.parametrize("name", recurrent_cases.CASES)
+def test_case(name: str) -> None:
+    with semantics() as session:
+        recurrent_cases.check(name)
+    assert session.launches
+
+
+@pytest.mark.parametrize("name", recurrent_cases.FAR)
+def test_rows_beyond_32_bit_offsets(name: str) -> None:
+    with semantics():
+        recurrent_cases.check(name)
+
+
+WILD = {
+    "beyond": ([0, 3, 900], None),
+    "before": ([-7, 3, 6], None),
+    "falling": ([5, 2, 5], None),
+    "lengths": (None, [2**30, -3, 2]),
+}
+
+
+@pytest.mark.parametrize("tier", ["sequence", "steps"])
+@pytest.mark.parametrize("name", WILD)
+def test_what_nobody_checked_stays_inside(name: str, tier: str) -> None:
+    """On a GPU offsets and lengths are not read before the kernels do."""
+    with semantics():
+        recurrent_cases.wild(f"rec_wild_{tier}", *WILD[name])
+
+
+@pytest.mark.parametrize("name", FEW[:2])
+def test_repeatable(name: str) -> None:
+    call = recurrent_cases.case_named(name)
+    with semantics(), recurrent_cases.tier_of(name):
+        first, second = run(call), run(call)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cc", [80, 90])
+@pytest.mark.parametrize("name", recurrent_cases.CASES)
+def test_after_pipelining(name: str, cc: int) -> None:
+    with semantics("ttgir", cc):
+        recurrent_cases.check(name)
