@@ -1,8 +1,8 @@
 """The cells without a state of their own beside h: GRU (Cho, 2014, in cuDNN's form) and plain RNN.
 
-    GRU:  r, z = sigmoid(gx + W_hh h),  hn = W_hn h + b_hn,  n = tanh(gx_n + r hn),
-          h' = (1 - z) n + z h
-    RNN:  h' = tanh or relu (gx + W_hh h)
+GRU:  r, z = sigmoid(gx + W_hh h),  hn = W_hn h + b_hn,  n = tanh(gx_n + r hn),
+      h' = (1 - z) n + z h
+RNN:  h' = tanh or relu (gx + W_hh h)
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def gru_bias(b_hn_ptr, hn, u, H: tl.constexpr):
 
 
 @triton.jit
-def gru_cell(
-    r, z, n, hn, h, gates_ptr, rows, here, u, H: tl.constexpr, BLOCK_U: tl.constexpr
-):
+def gru_cell(r, z, n, hn, h, gates_ptr, rows, here, u, H: tl.constexpr, BLOCK_U: tl.constexpr):
     """h'; r z n and hn into memory where training saves them. n: gx's."""
     r, z = sigmoid(r), sigmoid(z)
     n = tanh(n + r * hn)

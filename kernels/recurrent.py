@@ -14,7 +14,7 @@ time. Nothing is read back from the device, and all is allocated before the firs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,8 +37,8 @@ from fastattn.kernels.rows import on_cpu
 
 LSTM, GRU, RNN_TANH, RNN_RELU = range(4)
 
-# Bytes of W_hh that a program may hold: of 163 KB of shared memory (sm_80; 227 on sm_90 and 100), 99
-# (sm_86, 89, 120), 64 (gfx942), the largest power of two that leaves 24 KB to the rest.
+# Bytes of W_hh that a program may hold: of 163 KB of shared memory (sm_80; 227 on sm_90 and 100),
+# 99 (sm_86, 89, 120), 64 (gfx942), the largest power of two that leaves 24 KB to the rest.
 _WEIGHTS = {
     "sm80": 128 << 10, "sm86": 64 << 10, "sm90": 128 << 10, "sm100": 128 << 10, "sm120": 64 << 10,
     "gfx9": 32 << 10, "cpu": 64 << 10,
@@ -93,7 +93,7 @@ class Call(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Sequences, units and depth of a product's tile; warps of a program, stages of its pipeline."""
+    """Sequences, units and depth of a product's tile; warps, stages of the pipeline."""
 
     BLOCK_B: int
     BLOCK_U: int
@@ -110,11 +110,9 @@ def pair(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
 # ---- tiers -------------------------------------------------------------------------------------
 
 
-def whole_sequence(
-    cell: int, H: int, projected: bool, dtype: torch.dtype, family: str
-) -> bool:
-    """Whether one program can hold W_hh of a direction: G W W items in shared memory, W the power of
-    two from H on, beside what the step's operands take (at most 24 KB, tests/rungs/budgets.json).
+def whole_sequence(cell: int, H: int, projected: bool, dtype: torch.dtype, family: str) -> bool:
+    """Whether one program can hold W_hh of a direction: G W W items in shared memory, W the power
+    of two from H on, beside what a step's operands take (at most 24 KB, tests/rungs/budgets.json).
 
     It then makes a step in about 1 to 2 us (*model*: 128 KB of weights from shared memory at 128
     bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512, and
@@ -219,8 +217,8 @@ def _forward_steps(
         after = xs[step % 2], hs[step % 2], cs[step % 2]
         launch(
             recurrent_step_kernel, grid, gx, *pair(call.w_hh), *pair(b_hn), *where, x, h, c, y,
-            *after, m, gates, cells, *call.which(step), P, call.cell, H, P, D, call.ragged, *tile[:3],
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            *after, m, gates, cells, *call.which(step), P, call.cell, H, P, D, call.ragged,
+            *tile[:3], num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if m is not None:
             launch(
@@ -319,7 +317,7 @@ def _backward_steps(
     def make_dh(step: int, dh: Tensor, dh_next: Tensor) -> None:
         launch(
             hidden_gradient_kernel, of_h_grid, dy, *w_hh, *where, dh, dgx, dghn, dm, dh_next,
-            *call.which(step), call.cell, H, P, D, *of_h[:3], num_warps=of_h.num_warps,
+            *call.which(step), H, call.cell, H, P, D, *of_h[:3], num_warps=of_h.num_warps,
             num_stages=of_h.num_stages,
         )  # fmt: skip
 
@@ -330,7 +328,7 @@ def _backward_steps(
         launch(
             recurrent_step_backward_kernel, grid, None if dm is not None else dy, dm, y, gates,
             cells, *w_step, call.h0, call.c0, *where, dh, dc, dgx, dghn, dh_next, dc_next,
-            *call.which(step), call.cell, H, P, D, call.ragged, *tile[:3],
+            *call.which(step), H, P, call.cell, H, P, D, call.ragged, *tile[:3],
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         dh, dc = dh_next, dc_next

@@ -50,7 +50,7 @@ def rows_of(t, b, B, T, N, offsets_ptr, lengths_ptr):
     if offsets_ptr is not None:
         first = tl.load(offsets_ptr + t, mask=inside, other=0)
         end = tl.load(offsets_ptr + t + 1, mask=inside, other=0)
-        rows = tl.maximum(first, 0).to(tl.int64) + b
+        rows = tl.maximum(first, 0) + b
         here = here & (rows < tl.minimum(end, N))
     else:
         rows = t.to(tl.int64) * B + b
@@ -95,12 +95,11 @@ def load_weight(
     at = rows[:, None].to(tl.int64) * COLS + cols[None, :]
     if ROWS % BLOCK_R != 0 and COLS % BLOCK_C != 0:
         return tl.load(w_ptr + at, mask=(rows[:, None] < ROWS) & (cols[None, :] < COLS), other=0.0)
-    elif ROWS % BLOCK_R != 0:
+    if ROWS % BLOCK_R != 0:
         return tl.load(w_ptr + at, mask=rows[:, None] < ROWS, other=0.0)
-    elif COLS % BLOCK_C != 0:
+    if COLS % BLOCK_C != 0:
         return tl.load(w_ptr + at, mask=cols[None, :] < COLS, other=0.0)
-    else:
-        return tl.load(w_ptr + at)
+    return tl.load(w_ptr + at)
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def recurrent_sequence_kernel(
     at = d * B + b
     w_ptr = of_direction(w0_ptr, w1_ptr, d)
     w_0 = tl.trans(gate_weight(w_ptr, 0, u, H, BLOCK_H))
-    if CELL == _LSTM or CELL == _GRU:
+    if CELL == _LSTM or CELL == _GRU:  # noqa: SIM109  (constants of Triton's)
         w_1 = tl.trans(gate_weight(w_ptr, 1, u, H, BLOCK_H))
         w_2 = tl.trans(gate_weight(w_ptr, 2, u, H, BLOCK_H))
     if CELL == _LSTM:
@@ -86,7 +86,7 @@ def recurrent_sequence_kernel(
     x0, x1, x2, x3 = load_inputs(
         gx_ptr, 0, d, b, T, reverse, B, N, offsets_ptr, lengths_ptr, u, CELL, H, BLOCK_H
     )
-    for step in range(0, T):
+    for step in range(T):
         # A step ahead: the memory's latency passes beside this step's products.
         n0, n1, n2, n3 = load_inputs(
             gx_ptr, step + 1, d, b, T, reverse, B, N, offsets_ptr, lengths_ptr, u, CELL, H, BLOCK_H
@@ -132,7 +132,7 @@ def recurrent_sequence_backward_kernel(
     at = d * B + b
     w_ptr = of_direction(w0_ptr, w1_ptr, d)
     w_0 = gate_weight(w_ptr, 0, u, H, BLOCK_H)
-    if CELL == _LSTM or CELL == _GRU:
+    if CELL == _LSTM or CELL == _GRU:  # noqa: SIM109  (constants of Triton's)
         w_1 = gate_weight(w_ptr, 1, u, H, BLOCK_H)
         w_2 = gate_weight(w_ptr, 2, u, H, BLOCK_H)
     if CELL == _LSTM:
@@ -143,11 +143,9 @@ def recurrent_sequence_backward_kernel(
     dc = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     if dc_n_ptr is not None:
         dc = load_units(dc_n_ptr, at, ok, u, H, H, BLOCK_H)
-    if mask_ptr is not None:
-        mask = load_units(mask_ptr, at, ok, u, H, H, BLOCK_H)
     g0 = tl.zeros((BLOCK_B, BLOCK_H), w_0.dtype)  # the gates' gradients of the step behind
     g1, g2, g3 = g0, g0, g0
-    for back in range(0, T + 1):  # the last one, step -1, is the product of step 0 alone
+    for back in range(T + 1):  # the last one, step -1, is the product of step 0 alone
         step = T - 1 - back
         rows, here = rows_of(time_of(step, T, reverse, d), b, B, T, N, offsets_ptr, lengths_ptr)
         # Asked for before the product, beside which their latency passes.
@@ -158,8 +156,10 @@ def recurrent_sequence_backward_kernel(
         dh = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
         if dy_ptr is not None:
             dy = load_units(dy_ptr + d * H, rows, here, u, H, D * H, BLOCK_H)
+        if mask_ptr is not None:  # anew in every step: kept in registers it made a GRU spill
+            mask = load_units(mask_ptr, at, ok, u, H, H, BLOCK_H)
         dh = dot(g0, w_0, dh)
-        if CELL == _LSTM or CELL == _GRU:
+        if CELL == _LSTM or CELL == _GRU:  # noqa: SIM109  (constants of Triton's)
             dh = dot(g1, w_1, dh)
             dh = dot(g2, w_2, dh)
         if CELL == _LSTM:

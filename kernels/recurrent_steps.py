@@ -4,8 +4,8 @@ Forward, a program owns BLOCK_B sequences and all gates of BLOCK_U units of one 
 
     gates = gx[t] + W_hh x;   c, h = the cell;   y[t] = h;   x = h * h_mask, rounded, for step t + 1
 
-so a step is one launch, and what all programs of the next one read, x, is (D, B, P) alone. Backward,
-the product that ends a step begins the launch of the one before it:
+so a step is one launch, and what all programs of the next one read, x, is (D, B, P) alone.
+Backward, the product that ends a step begins the launch of the one before it:
 
     dh = dy[t] + mask (dgates[t + 1] W_hh) + what passed by;   dgates[t], dc = the cell's gradients
 
@@ -162,7 +162,7 @@ def multiply(
 @triton.jit
 def hidden_gradient(
     step, dh_ptr, dgx_ptr, dghn_ptr, w_ptr, mask_ptr, offsets_ptr, lengths_ptr, d, b, u, T, reverse,
-    B, N, CELL: tl.constexpr, H: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr,
+    B, N, units, CELL: tl.constexpr, H: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what ``step`` leaves behind: what passed the following step by, dh, and what
@@ -170,22 +170,22 @@ def hidden_gradient(
     after = time_of(step + 1, T, reverse, d)
     rows, here = rows_of(after, b, B, T, N, offsets_ptr, lengths_ptr)
     rows += d * N
-    there = ((after >= 0) & (after < T)).to(tl.int32)
+    there = tl.where((after >= 0) & (after < T), units, 0)
     total = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
     if CELL == _LSTM:
         total = multiply(
-            total, dgx_ptr, 4 * H, rows, here, w_ptr, u, 4 * H * there, 4 * H, P, BLOCK_U, BLOCK_K
+            total, dgx_ptr, 4 * H, rows, here, w_ptr, u, 4 * there, 4 * H, P, BLOCK_U, BLOCK_K
         )
     elif CELL == _GRU:
         total = multiply(
-            total, dgx_ptr, 3 * H, rows, here, w_ptr, u, 2 * H * there, 2 * H, P, BLOCK_U, BLOCK_K
+            total, dgx_ptr, 3 * H, rows, here, w_ptr, u, 2 * there, 2 * H, P, BLOCK_U, BLOCK_K
         )
         total = multiply(
-            total, dghn_ptr, H, rows, here, w_ptr + 2 * H * H, u, H * there, H, P, BLOCK_U, BLOCK_K
+            total, dghn_ptr, H, rows, here, w_ptr + 2 * H * H, u, there, H, P, BLOCK_U, BLOCK_K
         )
     else:
         total = multiply(
-            total, dgx_ptr, H, rows, here, w_ptr, u, H * there, H, P, BLOCK_U, BLOCK_K
+            total, dgx_ptr, H, rows, here, w_ptr, u, there, H, P, BLOCK_U, BLOCK_K
         )  # fmt: skip
     if mask_ptr is not None:
         total *= load_units(mask_ptr, d * B + b, b < B, u, P, P, BLOCK_U)
@@ -197,8 +197,7 @@ def of_step_before(
     ptr, first_ptr, step, d, b, here, u, T, reverse, B, N, stride, offsets_ptr, lengths_ptr,
     H: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """fp32 state before ``step``: of the row before it, ptr + row stride, else of first (D, B, H).
-    """
+    """fp32 state before ``step``: of the row before it (ptr + row stride), else first (D, B, H)."""
     before = time_of(step - 1, T, reverse, d)
     rows, had = rows_of(before, b, B, T, N, offsets_ptr, lengths_ptr)
     state = load_units(ptr, rows, here & had, u, H, stride, BLOCK_U)
@@ -211,8 +210,8 @@ def load_saved(
     T, reverse, B, N, u, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """What the backward of a step wants of the forward, fp32: LSTM i f g o, c and c before; GRU r z n
-    hn and h before; RNN h. Six; what a cell has not repeats another."""
+    """What the backward of a step wants of the forward, fp32: LSTM i f g o, c and c before; GRU r z
+    n hn and h before; RNN h. Six; what a cell has not repeats another."""
     saved = d * N + rows
     if CELL == _LSTM:
         s0, s1, s2, s3 = lstm_load(gates_ptr, saved, here, u, H, BLOCK_U)
@@ -239,8 +238,8 @@ def cell_gradients(
     dh, dc, s0, s1, s2, s3, s4, s5, dgx_ptr, dghn_ptr, saved, here, u, CELL: tl.constexpr,
     H: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """dgx (and dghn) of a step into memory. Returns the gradients that W_hh transposes (four; what a
-    cell has not repeats its first), the part of dh that passes the step by, and the gradient of c
+    """dgx (and dghn) of a step into memory. Returns the gradients that W_hh transposes (four; what
+    a cell has not repeats its first), the part of dh that passes the step by, and the gradient of c
     before it. s0 to s5: as :func:`load_saved` gives them."""
     by = tl.zeros_like(dh)
     if CELL == _LSTM:
@@ -258,16 +257,17 @@ def cell_gradients(
     return g0, g1, g2, g3, by, dc
 
 
-@triton.jit(do_not_specialize=["step", "T", "reverse", "B", "N"])
+@triton.jit(do_not_specialize=["step", "T", "reverse", "B", "N", "units", "depth"])
 def recurrent_step_backward_kernel(
     dy_ptr, dm_ptr, y_ptr, gates_ptr, cells_ptr, w0_ptr, w1_ptr, h0_ptr, c0_ptr, mask_ptr,
     offsets_ptr, lengths_ptr, dh_ptr, dc_ptr, dgx_ptr, dghn_ptr, dh_next_ptr, dc_next_ptr,
-    step, T, reverse, B, N, CELL: tl.constexpr, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    step, T, reverse, B, N, units, depth, CELL: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, RAGGED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dgx (D, N, G H) and dghn (D, N, H) of a step; dh (D, B, P) and dc (D, B, H), fp32, from the
     following step and to the one before. dm_ptr (D, N, P): the whole gradient of h, where w is
-    W_hr; else it is made here, and w is W_hh."""
+    W_hr; else it is made here, and w is W_hh. units: H, and depth: P, as no constants."""
     d, b, u = place(B, H, BLOCK_B, BLOCK_U)
     ok = b < B
     at = d * B + b
@@ -280,11 +280,11 @@ def recurrent_step_backward_kernel(
     )  # fmt: skip
     if dm_ptr is not None:
         dh = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
-        dh = multiply(dh, dm_ptr, P, d * N + rows, here, w_ptr, u, P, P, H, BLOCK_U, BLOCK_K)
+        dh = multiply(dh, dm_ptr, P, d * N + rows, here, w_ptr, u, depth, P, H, BLOCK_U, BLOCK_K)
     else:
         dh = hidden_gradient(
             step, dh_ptr, dgx_ptr, dghn_ptr, w_ptr, mask_ptr, offsets_ptr, lengths_ptr, d, b, u, T,
-            reverse, B, N, CELL, H, P, BLOCK_B, BLOCK_U, BLOCK_K,
+            reverse, B, N, units, CELL, H, P, BLOCK_B, BLOCK_U, BLOCK_K,
         )  # fmt: skip
     kept = dh
     if dy_ptr is not None:
@@ -304,22 +304,22 @@ def recurrent_step_backward_kernel(
         store_units(dc_next_ptr, dc_before, at, ok, u, H, H, BLOCK_U)
 
 
-@triton.jit(do_not_specialize=["step", "T", "reverse", "B", "N"])
+@triton.jit(do_not_specialize=["step", "T", "reverse", "B", "N", "units"])
 def hidden_gradient_kernel(
     dy_ptr, w0_ptr, w1_ptr, mask_ptr, offsets_ptr, lengths_ptr, dh_ptr, dgx_ptr, dghn_ptr,
-    dm_ptr, dh_next_ptr, step, T, reverse, B, N, CELL: tl.constexpr, H: tl.constexpr,
+    dm_ptr, dh_next_ptr, step, T, reverse, B, N, units, CELL: tl.constexpr, H: tl.constexpr,
     P: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of h of a step, into its rows of dm (D, N, P), for a projection; what has no such
-    row, and at step -1 the whole (dh0), stays in dh (D, B, P)."""
+    """The gradient of h of a step, into its rows of dm (D, N, P), for a projection; what has no
+    such row, and at step -1 the whole (dh0), stays in dh (D, B, P)."""
     d, b, u = place(B, P, BLOCK_B, BLOCK_U)
     ok = b < B
     rows, here = rows_of(time_of(step, T, reverse, d), b, B, T, N, offsets_ptr, lengths_ptr)
     w_ptr = of_direction(w0_ptr, w1_ptr, d)
     dh = hidden_gradient(
         step, dh_ptr, dgx_ptr, dghn_ptr, w_ptr, mask_ptr, offsets_ptr, lengths_ptr, d, b, u, T,
-        reverse, B, N, CELL, H, P, BLOCK_B, BLOCK_U, BLOCK_K,
+        reverse, B, N, units, CELL, H, P, BLOCK_B, BLOCK_U, BLOCK_K,
     )  # fmt: skip
     kept = tl.where(here[:, None], 0.0, dh)
     store_units(dh_next_ptr, kept, d * B + b, ok, u, P, P, BLOCK_U)

@@ -18,7 +18,12 @@ from torch import Tensor
 from fastattn.ops import recurrent_triton
 from fastattn.reference import recurrent as reference
 
-LSTM, GRU, RNN_TANH, RNN_RELU = reference.LSTM, reference.GRU, reference.RNN_TANH, reference.RNN_RELU
+LSTM, GRU, RNN_TANH, RNN_RELU = (
+    reference.LSTM,
+    reference.GRU,
+    reference.RNN_TANH,
+    reference.RNN_RELU,
+)
 CELLS = {"lstm": LSTM, "gru": GRU, "rnn_tanh": RNN_TANH, "rnn_relu": RNN_RELU}
 
 
@@ -149,7 +154,7 @@ def _of_weights(
     call: Call, y: Tensor, gates: Tensor, cells: Tensor, grads: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """dw_hh, db_hn and dw_hr of each direction: sums in fp64, then in the call's dtype."""
-    D, B, H, P = call.sizes
+    D, _, H, P = call.sizes
     made = {}
     mask = call.tensors.get("h_mask")
     for d in range(D):

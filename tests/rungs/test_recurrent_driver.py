@@ -36,7 +36,6 @@ def test_growing_compiles_nothing_new(tier: str) -> None:
     assert set(compiled.values()) == {1}, compiled
 
 
-
 @pytest.mark.parametrize("cell", [LSTM, GRU, RNN_TANH])
 def test_weights_are_read_before_the_loop(cell: int) -> None:
     assert recurrent_jit.weights_in_the_loop(cell) == []

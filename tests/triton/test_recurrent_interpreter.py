@@ -177,24 +177,24 @@ def test_which_tier_is_taken() -> None:
 
 TIER = kernels.whole_sequence  # as it is, before any fixture
 
-WRONG: dict[str, tuple[str, dict[str, Any]]] = {
-    "h0 must have shape": ("h0", {"h0": torch.zeros(5, 20)}),
-    "h0 must have 20 features without w_hr, got 19": ("h0", {}),
-    "w_hh must have shape": ("w_hh0", {"w_hh0": torch.zeros(80, 21)}),
-    "gx must have shape": ("gx", {"gx": torch.zeros(1, 20, 79)}),
-    "c0 must have shape": ("c0", {"c0": torch.zeros(1, 5, 19)}),
-    "w_hh must be torch.float32": ("w_hh0", {"w_hh0": torch.zeros(80, 20, dtype=BF16)}),
-    "gx must be contiguous": ("gx", {"gx": torch.zeros(1, 80, 20).transpose(1, 2)}),
-    "there must be T B = 20 rows": ("gx", {"gx": torch.zeros(1, 21, 80)}),
-    "h_mask must have shape": ("h_mask", {"h_mask": torch.zeros(1, 5, 19)}),
-    "b_hn is a GRU's": ("b_hn0", {"b_hn0": torch.zeros(20)}),
+WRONG: dict[str, dict[str, Any]] = {
+    "h0 must have shape": {"h0": torch.zeros(5, 20)},
+    "h0 must have 20 features without w_hr, got 19": {},
+    "w_hh must have shape": {"w_hh0": torch.zeros(80, 21)},
+    "gx must have shape": {"gx": torch.zeros(1, 20, 79)},
+    "c0 must have shape": {"c0": torch.zeros(1, 5, 19)},
+    "w_hh must be torch.float32": {"w_hh0": torch.zeros(80, 20, dtype=BF16)},
+    "gx must be contiguous": {"gx": torch.zeros(1, 80, 20).transpose(1, 2)},
+    "there must be T B = 20 rows": {"gx": torch.zeros(1, 21, 80)},
+    "h_mask must have shape": {"h_mask": torch.zeros(1, 5, 19)},
+    "b_hn is a GRU's": {"b_hn0": torch.zeros(20)},
 }
 
 
 @one_tier
 @pytest.mark.parametrize("words", WRONG)
 def test_a_direct_call_stays_inside_its_tensors(words: str) -> None:
-    name, given = WRONG[words]
+    given = WRONG[words]
     c = call()
     if not given:
         given = {"h0": torch.zeros(1, 5, 19), "w_hh0": torch.zeros(80, 19)}
