@@ -10,10 +10,14 @@ from rungs.driver import standing_in
 from rungs.recurrent_cases import tier_of
 
 BF16, F32 = torch.bfloat16, torch.float32
+FEW = ("misaligned_steps", "aligned_sequence")
+LAYOUTS = [
+    pytest.param(n, marks=[] if n in FEW else [pytest.mark.full]) for n in recurrent_jit.layouts()
+]
 
 
 @pytest.mark.parametrize("cc", [80, pytest.param(90, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", recurrent_jit.layouts())
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout(name: str, cc: int) -> None:
     gpu = recurrent_jit.runs_everywhere(name, cc)
     assert gpu.launches
@@ -49,5 +53,6 @@ def test_shipped_tiles_fit(arch: str, cell: int, H: int, dtype: torch.dtype) -> 
     recurrent_jit.fits(arch, cell, H, 64, dtype)
 
 
+@pytest.mark.full
 def test_shipped_tiles_fit_the_smallest() -> None:
     recurrent_jit.fits("sm_86", LSTM, 128, 64, BF16)
