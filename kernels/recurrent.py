@@ -121,6 +121,16 @@ def whole_sequence(cell: int, H: int, projected: bool, dtype: torch.dtype, famil
     return not projected and GATES[cell] * _width(H) ** 2 * dtype.itemsize <= _WEIGHTS[family]
 
 
+def tier(cell: int, H: int, projected: bool, like: Tensor) -> str:
+    family = configs.family_of(like.device)
+    return "sequence" if whole_sequence(cell, H, projected, like.dtype, family) else "steps"
+
+
+def sequences_of(B: int) -> int:
+    """The most sequences with the same tiles as B; 64: or any number."""
+    return 16 if B <= 16 else 32 if B <= 32 else 64
+
+
 def _width(H: int) -> int:
     return max(16, triton.next_power_of_2(H))
 
@@ -140,7 +150,7 @@ def step_tile(B: int, depth: int, dtype: torch.dtype, cpu: bool, backward: bool)
     of W_hh and 4 H of depth, so tiles are deeper. fp32 operands of a product live in registers."""
     if cpu:
         return Tile(16, 16, 16, 1, 1)
-    block_b = 16 if B <= 16 else 32 if B <= 32 else 64
+    block_b = sequences_of(B)
     if dtype == torch.float32:
         return Tile(min(block_b, 32), 16, 32, 4, 2)
     block_k = 128 if backward else 64
@@ -175,7 +185,7 @@ def recurrent_forward(
     if call.empty:
         return y, h0.clone(), h0.new_empty((0,)) if c0 is None else c0.clone(), gates, cells
     with device_of(h0):
-        if whole_sequence(cell, H, bool(w_hr), h0.dtype, configs.family_of(h0.device)):
+        if tier(cell, H, bool(w_hr), h0) == "sequence":
             return y, *_forward_sequence(call, gx, b_hn, y, *saved), gates, cells
         h_n, c_n = _forward_steps(call, gx, b_hn, y, *saved)
     c_n = h0.new_empty((0,)) if c_n is None else c_n.to(h0.dtype)
@@ -269,7 +279,7 @@ def recurrent_backward(
     dc = None if c0 is None else torch.zeros_like(c0) if dc_n is None else dc_n
     if not call.empty:
         with device_of(h0):
-            if whole_sequence(cell, H, bool(w_hr), h0.dtype, configs.family_of(h0.device)):
+            if tier(cell, H, bool(w_hr), h0) == "sequence":
                 dh, dc = _backward_sequence(call, dy, dh_n, dc_n, y, gates, cells, dgx, dghn)
             else:
                 dh, dc = _backward_steps(call, dy, dh, dc, y, gates, cells, dgx, dghn, dm)

@@ -12,8 +12,8 @@ from rungs.mutations import MUTATIONS
 from rungs.semantics import semantics
 
 FEW = ("rec_lstm_steps", "rec_gru_sequence")
-# These run in every `make verify` as it is: test_mutants.py holds the kernels without a bug to every
-# check that it names.
+# These run in every `make verify` as it is: test_mutants.py holds the kernels without a bug to
+# every check that it names.
 NAMED = {m.by.partition(":")[2] for m in MUTATIONS}
 
 

@@ -12,6 +12,7 @@ from recurrent_calls import CELLS, GRU, LSTM, RNN_TANH, backward, call, forward,
 from test_layernorm_interpreter import launches
 
 from fastattn.kernels import recurrent as kernels
+from fastattn.ops import recurrent_triton
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 STEP, STEP_BACK, DH = (
@@ -173,6 +174,29 @@ def test_which_tier_is_taken() -> None:
     assert whole(64, family="sm120")
     assert not whole(128, family="gfx9")
     assert not TIER(LSTM, 16, True, BF16, "sm80")
+
+
+@one_tier
+def test_variants_tell_compiled_kernels_apart() -> None:
+    """Calls of one name launch kernels with the same constants; every feature has its own name."""
+
+    def name(c: Any) -> str:
+        x = c.tensors
+        return recurrent_triton.variant(
+            c.of("w_hh", x), c.of("b_hn", x), c.of("w_hr", x), x["h0"], x.get("h_mask"), c.offsets,
+            c.lengths, c.cell,
+        )  # fmt: skip
+
+    assert (
+        name(call(T=2, B=3, H=5)) == name(call(T=7, B=16, H=5)) == "lstm steps H5 D1 float32 B<=16"
+    )
+    others: list[dict[str, Any]] = [
+        {}, {"H": 6}, {"D": 2}, {"B": 17}, {"B": 33}, {"dtype": BF16}, {"cell": GRU},
+        {"mask": True}, {"cell": GRU, "bias": False}, {"cell": RNN_TANH}, {"cell": CELLS["rnn_relu"]}, {"P": 5},
+        {"P": 6}, {"lengths": [1, 2, 3, 4, 4]}, {"packed": [2, 1]},
+        {"packed": [2, 1], "offset_dtype": torch.int32},
+    ]  # fmt: skip
+    assert len({name(call(**{"H": 5, "T": 4, **more})) for more in others}) == len(others)
 
 
 TIER = kernels.whole_sequence  # as it is, before any fixture
