@@ -192,8 +192,9 @@ def test_variants_tell_compiled_kernels_apart() -> None:
     )
     others: list[dict[str, Any]] = [
         {}, {"H": 6}, {"D": 2}, {"B": 17}, {"B": 33}, {"dtype": BF16}, {"cell": GRU},
-        {"mask": True}, {"cell": GRU, "bias": False}, {"cell": RNN_TANH}, {"cell": CELLS["rnn_relu"]}, {"P": 5},
-        {"P": 6}, {"lengths": [1, 2, 3, 4, 4]}, {"packed": [2, 1]},
+        {"mask": True}, {"cell": GRU, "bias": False}, {"cell": RNN_TANH},
+        {"cell": CELLS["rnn_relu"]}, {"P": 5}, {"P": 6}, {"packed": [2, 1]},
+        {"lengths": [1, 2, 3, 4, 4]},
         {"packed": [2, 1], "offset_dtype": torch.int32},
     ]  # fmt: skip
     assert len({name(call(**{"H": 5, "T": 4, **more})) for more in others}) == len(others)
