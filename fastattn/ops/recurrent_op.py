@@ -129,7 +129,7 @@ def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
 
 def _one_step(layer: _Layer, steps: Steps) -> Tensor | None:
     """W_hh h0 where there is one step alone: packing W_hh would cost more than its product."""
-    if steps.T != 1 or layer.weights[0][4] is not None:
+    if not _is_one_step(layer, steps):
         return None
     h = layer.h0 if steps.h_mask is None else layer.h0 * steps.h_mask
     gh = h.new_empty((*h.shape[:2], layer.weights[0][1].shape[0]))
@@ -138,10 +138,16 @@ def _one_step(layer: _Layer, steps: Steps) -> Tensor | None:
     return gh
 
 
+def _is_one_step(layer: _Layer, steps: Steps) -> bool:
+    """One step of every sequence, without a projection."""
+    B = layer.h0.shape[1]
+    return steps.T == 1 and layer.weights[0][4] is None and layer.x.shape[0] == B
+
+
 def _cpu_recurrence_bwd(
     upstream: tuple[Tensor | None, ...], saved: tuple[Tensor, ...], layer: _Layer, steps: Steps
 ) -> tuple[Tensor, ...]:
-    one = steps.T == 1 and layer.weights[0][4] is None
+    one = _is_one_step(layer, steps)
     G, H = GATES[steps.cell], layer.weights[0][1].shape[0] // GATES[steps.cell]
     gh = layer.h0.new_empty((*layer.h0.shape[:2], G * H)) if one else None
     pairs = (None, None) if one else layer.both(1)
@@ -182,6 +188,8 @@ class _Before:
         if steps.offsets is not None:
             return [(slice(None), self._packed(d, h0, mask))]
         y, B, N = self.y[:, d], h0.shape[0], self.y.shape[0]
+        if not N:
+            return [(slice(None), h0[:0])]
         backwards = bool(steps.reverse >> d & 1)
         h = y[B:] if backwards else y[: N - B]
         if mask is not None:
@@ -232,7 +240,9 @@ def _weight_gradients(
             # LSTM's and RNN's two biases have one gradient, in two tensors.
             of_h = sums.clone() if d_n is None else torch.cat((sums[: 2 * d_n.shape[1]], d_n.sum(0)))
         found.append(of_h)
-        if w_hr is not None and wants(first + 4):
+        if w_hr is not None and wants(first + 4) and not len(layer.x):
+            found.append(torch.zeros_like(w_hr))
+        elif w_hr is not None and wants(first + 4):
             found.append(dh[d].t() @ _projected(gates[d], cells[d], steps))
         else:
             found.append(None)
