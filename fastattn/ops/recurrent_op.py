@@ -130,7 +130,7 @@ def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
 
 def _one_step(layer: _Layer, steps: Steps) -> Tensor | None:
     """W_hh h0 where there is one step alone: packing W_hh would cost more than its product."""
-    if steps.T != 1 or layer.weights[0][4] is not None:
+    if not _is_one_step(layer, steps):
         return None
     h = layer.h0 if steps.h_mask is None else layer.h0 * steps.h_mask
     gh = h.new_empty((*h.shape[:2], layer.weights[0][1].shape[0]))
@@ -139,10 +139,16 @@ def _one_step(layer: _Layer, steps: Steps) -> Tensor | None:
     return gh
 
 
+def _is_one_step(layer: _Layer, steps: Steps) -> bool:
+    """One step of every sequence, without a projection."""
+    B = layer.h0.shape[1]
+    return steps.T == 1 and layer.weights[0][4] is None and layer.x.shape[0] == B
+
+
 def _cpu_recurrence_bwd(
     upstream: tuple[Tensor | None, ...], saved: tuple[Tensor, ...], layer: _Layer, steps: Steps
 ) -> tuple[Tensor, ...]:
-    one = steps.T == 1 and layer.weights[0][4] is None
+    one = _is_one_step(layer, steps)
     G, H = GATES[steps.cell], layer.weights[0][1].shape[0] // GATES[steps.cell]
     gh = layer.h0.new_empty((*layer.h0.shape[:2], G * H)) if one else None
     pairs = (None, None) if one else layer.both(1)
@@ -475,7 +481,7 @@ def layer(
         inputs = (x, *weights[0][:4], h0, c0)
         if wants_grad(*inputs):
             return recurrent_step.function.apply(*inputs, cell)  # type: ignore[no-any-return]
-        return recurrent_step.run(*inputs, cell, False)[:3]  # type: ignore[return-value]
+        return recurrent_step.run(*inputs, cell, save=False)[:3]  # type: ignore[return-value]
     second = weights[1] if len(weights) > 1 else (None,) * 5
     tensors = (x, *weights[0], *second, h0, c0)
     ops = _OPS[backend]

@@ -20,7 +20,7 @@ _NOTHING = (None,) * 3
 
 def run(
     x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor,
-    c0: Tensor | None, cell: int, save: bool,
+    c0: Tensor | None, cell: int, *, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """y, h_n, c_n, gates, cells of the op's forward. x (B, I); h0 and c0 (1, B, H)."""
     gx = torch.mm(x, w_ih.t())[None]
@@ -60,7 +60,7 @@ def gradients(
 
 
 def _forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-    y, h_n, c_n, gates, cells = run(*args, True)
+    y, h_n, c_n, gates, cells = run(*args, save=True)
     ctx.cell = args[-1]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*args[:-1], y, gates, cells)
