@@ -118,11 +118,12 @@ def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
     x, D = layer.x, len(layer.weights)
     gx = x.new_empty((D, x.shape[0], layer.weights[0][0].shape[0]))
     for d, w in enumerate(layer.weights):
+        if w[0].shape[0] != gx.shape[2]:  # `out` would be made another one
+            raise ValueError("fastattn::recurrent_layer_fwd: w_ih must have the same rows in both directions")
         torch.mm(x, w[0].t(), out=gx[d])
     gh = _one_step(layer, steps)
-    pairs = (None, None) if gh is not None else layer.both(1)
     y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
-        gx, gh, *pairs, *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0, *steps,
+        gx, gh, *layer.both(1), *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0, *steps,
         save,
     )  # fmt: skip
     return y, h_n, c_n, gx if save and steps.cell == LSTM else gates, cells
@@ -151,9 +152,8 @@ def _cpu_recurrence_bwd(
     one = _is_one_step(layer, steps)
     G, H = GATES[steps.cell], layer.weights[0][1].shape[0] // GATES[steps.cell]
     gh = layer.h0.new_empty((*layer.h0.shape[:2], G * H)) if one else None
-    pairs = (None, None) if one else layer.both(1)
     dgx, dghn, dh0, dc0, dh = torch.ops.fastattn.recurrence_cpu_bwd(
-        *upstream, *saved, gh, *pairs, *layer.both(4), layer.h0, layer.c0, *steps
+        *upstream, *saved, gh, *layer.both(1), *layer.both(4), layer.h0, layer.c0, *steps
     )
     if one:
         for d, w in enumerate(layer.weights):
