@@ -135,13 +135,14 @@ def _width(H: int) -> int:
     return max(16, triton.next_power_of_2(H))
 
 
-def sequence_tile(H: int, dtype: torch.dtype, cpu: bool) -> Tile:
-    """Warps share the units, 16 a warp up to 8 warps; twice as many in fp32, whose operands of a
-    product live in registers."""
+def sequence_tile(H: int, dtype: torch.dtype, cpu: bool, backward: bool) -> Tile:
+    """Warps share the units: 16 a warp forward, up to 8 warps; 8 in fp32, whose operands of a
+    product live in registers, and backward, up to 16 warps: with half of them ptxas spilled two
+    registers of a GRU on sm_89 and sm_90."""
     if cpu:
         return Tile(16, _width(H), 0, 1, 1)
-    warps = min(8, max(4, _width(H) // (8 if dtype == torch.float32 else 16)))
-    return Tile(16, _width(H), 0, warps, 1)
+    each = 8 if backward or dtype == torch.float32 else 16
+    return Tile(16, _width(H), 0, min(16 if backward else 8, max(4, _width(H) // each)), 1)
 
 
 def step_tile(B: int, depth: int, dtype: torch.dtype, cpu: bool, backward: bool) -> Tile:
@@ -198,7 +199,7 @@ def _forward_sequence(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     h0, c0, D, B = call.h0, call.c0, *call.h0.shape[:2]
     h_n, c_n = torch.empty_like(h0), h0.new_empty((0,)) if c0 is None else torch.empty_like(c0)
-    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0))
+    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0), backward=False)
     launch(
         recurrent_sequence_kernel, (D * triton.cdiv(B, tile.BLOCK_B),), gx, *pair(call.w_hh),
         *pair(b_hn), h0, c0, call.h_mask, call.offsets, call.lengths, y, h_n,
@@ -299,7 +300,7 @@ def _backward_sequence(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     h0, c0, D, B = call.h0, call.c0, *call.h0.shape[:2]
     dh0, dc0 = torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)
-    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0))
+    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0), backward=True)
     launch(
         recurrent_sequence_backward_kernel, (D * triton.cdiv(B, tile.BLOCK_B),), dy, dh_n, dc_n, y,
         gates, cells, *pair(call.w_hh), h0, c0, call.h_mask, call.offsets, call.lengths, dgx, dghn,
