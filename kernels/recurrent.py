@@ -38,10 +38,11 @@ from fastattn.kernels.rows import on_cpu
 LSTM, GRU, RNN_TANH, RNN_RELU = range(4)
 
 # Bytes of W_hh that a program may hold: of 163 KB of shared memory (sm_80; 227 on sm_90 and 100),
-# 99 (sm_86, 89, 120), 64 (gfx942), the largest power of two that leaves 24 KB to the rest.
+# 99 (sm_86, 89, 120), the largest power of two that leaves 24 KB to the rest. On gfx942 they lie in
+# registers: a GRU's 24 KB fit, an LSTM's 32 KB spilled.
 _WEIGHTS = {
     "sm80": 128 << 10, "sm86": 64 << 10, "sm90": 128 << 10, "sm100": 128 << 10, "sm120": 64 << 10,
-    "gfx9": 32 << 10, "cpu": 64 << 10,
+    "gfx9": 24 << 10, "cpu": 64 << 10,
 }  # fmt: skip
 
 
@@ -114,8 +115,8 @@ def whole_sequence(cell: int, H: int, projected: bool, dtype: torch.dtype, famil
     """Whether one program can hold W_hh of a direction: G W W items in shared memory, W the power
     of two from H on, beside what a step's operands take (at most 24 KB, tests/rungs/budgets.json).
 
-    It then makes a step in about 1 to 2 us (*model*: 128 KB of weights from shared memory at 128
-    bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512, and
+    It then makes a step in about 1 to 2 us (an estimate: 128 KB of weights from shared memory at
+    128 bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512, and
     the gates as long again), where a step of its own is a launch. It uses D B / 16 SMs, though;
     with B in the thousands that is all of them."""
     return not projected and GATES[cell] * _width(H) ** 2 * dtype.itemsize <= _WEIGHTS[family]
@@ -137,11 +138,11 @@ def _width(H: int) -> int:
 
 def sequence_tile(H: int, dtype: torch.dtype, cpu: bool, backward: bool) -> Tile:
     """Warps share the units: 16 a warp forward, up to 8 warps; 8 in fp32, whose operands of a
-    product live in registers, and backward, up to 16 warps: with half of them ptxas spilled two
-    registers of a GRU on sm_89 and sm_90."""
+    product live in registers, and half as many backward, up to 16 warps: with twice as many a warp
+    ptxas spilled two registers of a GRU on sm_89 and sm_90, and of an fp32 LSTM on sm_86."""
     if cpu:
         return Tile(16, _width(H), 0, 1, 1)
-    each = 8 if backward or dtype == torch.float32 else 16
+    each = 16 // (1 + backward) // (1 + (dtype == torch.float32))
     return Tile(16, _width(H), 0, min(16 if backward else 8, max(4, _width(H) // each)), 1)
 
 
