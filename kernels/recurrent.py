@@ -116,9 +116,9 @@ def whole_sequence(cell: int, H: int, projected: bool, dtype: torch.dtype, famil
     of two from H on, beside what a step's operands take (at most 24 KB, tests/rungs/budgets.json).
 
     It then makes a step in about 1 to 2 us (an estimate: 128 KB of weights from shared memory at
-    128 bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512, and
-    the gates as long again), where a step of its own is a launch. It uses D B / 16 SMs, though;
-    with B in the thousands that is all of them."""
+    128 bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512,
+    and the gates as long again), where a step of its own is a launch. It uses D B / 16 SMs,
+    though; with B in the thousands that is all of them."""
     return not projected and GATES[cell] * _width(H) ** 2 * dtype.itemsize <= _WEIGHTS[family]
 
 
