@@ -59,6 +59,7 @@ for _suffix in _SUFFIXES.values():
 _PAIRS = "Tensor? w_hh, Tensor? w_hh_reverse, "
 _BIASES = "Tensor? b_ih, Tensor? b_ih_reverse, Tensor? b_hh, Tensor? b_hh_reverse, "
 _REST = f"Tensor? w_hr, Tensor? w_hr_reverse, Tensor h0, Tensor? c0, {_STEPS}"
+lib.define("recurrence_cpu_empty(Tensor like, int D, int N, int columns) -> Tensor")
 lib.define(
     f"recurrence_cpu_fwd(Tensor(a!) gx, Tensor? gh, {_PAIRS}{_BIASES}{_REST}, bool save) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
@@ -116,10 +117,13 @@ Backward = Callable[..., tuple[Tensor, ...]]
 def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
     layer, steps, save = _Layer.of(args[:_N_TENSORS]), Steps(*args[_N_TENSORS:-1]), args[-1]
     x, D = layer.x, len(layer.weights)
-    gx = x.new_empty((D, x.shape[0], layer.weights[0][0].shape[0]))
+    columns = layer.weights[0][0].shape[0]
+    gx = torch.ops.fastattn.recurrence_cpu_empty(x, D, x.shape[0], columns)
     for d, w in enumerate(layer.weights):
-        if w[0].shape[0] != gx.shape[2]:  # `out` would be made another one
-            raise ValueError("fastattn::recurrent_layer_fwd: w_ih must have the same rows in both directions")
+        if w[0].shape[0] != columns:  # `out` would be made another one
+            raise ValueError(
+                "fastattn::recurrent_layer_fwd: w_ih must have the same rows in both directions"
+            )
         torch.mm(x, w[0].t(), out=gx[d])
     gh = _one_step(layer, steps)
     y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
