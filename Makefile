@@ -169,6 +169,7 @@ verify-rungs verify-kernels verify-sim: $(BUILD) $(RUNGS) $(SIM)
 
 verify-full:
 	@$(MAKE) --no-print-directory verify ARGS=--full
+	$(BIN)/python -m pytest -q --full $(wildcard tests/test_mutations*.py)
 	@$(MAKE) --no-print-directory verify-wheels
 
 verify-wheels:

@@ -29,6 +29,13 @@ ROWS = {
         "Triton's launcher, stand-in driver",
     ),
     "rungs.test_layernorm_first_use": ("layernorm_ffn", "triton", "first-use check"),
+    "rungs.test_recurrent_semantics": ("lstm, gru", "triton", "sanitizer on Triton's IR (ttsem)"),
+    "rungs.test_recurrent_driver": (
+        "lstm, gru",
+        "triton",
+        "Triton's launcher, stand-in driver",
+    ),
+    "sim.test_recurrent_triton_ptx": ("lstm, gru", "triton", "sm_80 PTX in the simulator"),
     "rungs.test_budget": ("all", "triton", "machine code within budget"),
     "rungs.test_mutants": ("all", "triton", "planted bugs caught"),
     "rungs.test_first_use": ("attention", "triton", "first-use check"),

@@ -32,8 +32,10 @@ class Call {
     check(h0.dim() == 3 && gx_shape.size() == 3 && h0.size(0) == gx_shape[0] && h0.size(0) >= 1 &&
               h0.size(0) <= 2,
           "gx must have shape (D, N, G H) and h0 (D, B, P), D 1 or 2");
-    check(T >= 0, "T must not be negative");
+    check(T >= 0 && T < INT64_MAX, "T must not be negative");
     p.cell = Cell(cell), p.dtype = dtype, p.D = int(h0.size(0)), p.P = h0.size(2);
+    check(p.P > 0, "h0 must have features");
+    check(reverse >= 0 && reverse < 1 << p.D, "reverse must have a bit a direction");
     p.reverse = unsigned(reverse);
     const int64_t G = kGates[cell];
     check(gx_shape[2] > 0 && gx_shape[2] % G == 0, "gx must have G H columns");
@@ -51,9 +53,10 @@ class Call {
     const Opt *w_hh[] = {&w.w_hh, &w.w_hh_reverse}, *b_ih[] = {&w.b_ih, &w.b_ih_reverse},
               *b_hh[] = {&w.b_hh, &w.b_hh_reverse}, *w_hr[] = {&w.w_hr, &w.w_hr_reverse};
     for (int d = 0; d < p.D; ++d) {
-      check(gh || *w_hh[d], "w_hh must be given for every direction");
+      check(w_hh[d]->has_value(), "w_hh must be given for every direction");
       check(w_hr[d]->has_value() == projected, "w_hr must be given for every direction");
-      p.w_hh[d] = optional(*w_hh[d], {G * p.H, p.P}, "w_hh must have shape (G H, P)");
+      check(shape_of(**w_hh[d]) == Shape{G * p.H, p.P}, "w_hh must have shape (G H, P)");
+      if (!gh) p.w_hh[d] = optional(*w_hh[d], {G * p.H, p.P}, "w_hh must have shape (G H, P)");
       p.b_ih[d] = optional(*b_ih[d], {G * p.H}, "b_ih must have shape (G H,)");
       p.b_hh[d] = optional(*b_hh[d], {G * p.H}, "b_hh must have shape (G H,)");
       p.w_hr[d] = optional(*w_hr[d], {p.P, p.H}, "w_hr must have shape (P, H)");
@@ -105,22 +108,23 @@ class Call {
     check(!offsets || !lengths, "offsets and lengths exclude each other");
     if (offsets) {
       offsets_ = integers(*offsets, T + 1, "offsets must have shape (T + 1,), int64 or int32");
+      check(offsets_[0] == 0 && offsets_[T] == N, "offsets must run from 0 to gx's rows");
       int64_t most = B;
       for (int64_t t = 0; t < T; ++t) {
         const int64_t n = offsets_[t + 1] - offsets_[t];
         check(n >= 0 && n <= most, "offsets must rise by steps that do not, of at most B");
         most = n;
       }
-      check(offsets_[0] == 0 && offsets_[T] == N, "offsets must run from 0 to gx's rows");
       p.steps.offsets = offsets_.data();
       return;
     }
-    STD_TORCH_CHECK(N == T * B, "fastattn::", kOp, ": gx must have T B = ", T * B, " rows, got ",
-                    N);
+    // T B itself may be beyond an int64.
+    STD_TORCH_CHECK(B == 0 ? N == 0 : N % B == 0 && N / B == T, "fastattn::", kOp,
+                    ": gx must have T B rows, T = ", T, ", B = ", B, ", got ", N);
     if (!lengths) return;
     const std::vector<int64_t> given =
         integers(*lengths, B, "lengths must have shape (B,), int64 or int32");
-    index_.resize(B), lengths_.resize(B), active_.assign(T, 0);
+    index_.resize(B), lengths_.resize(B), active_.assign(B ? T : 0, 0);
     std::iota(index_.begin(), index_.end(), 0);
     std::stable_sort(index_.begin(), index_.end(),
                      [&](int64_t a, int64_t b) { return given[a] > given[b]; });

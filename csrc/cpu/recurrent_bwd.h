@@ -49,7 +49,7 @@ class RecurrentBackward {
 
   void layout(Arena& arena) {
     const int64_t rows = E::rows(plan_.most_slots(p_.steps));
-    k_ = E::columns(kGates * p_.H), k_hr_ = E::columns(p_.P);
+    k_ = row_stride<E>(kGates * p_.H), k_hr_ = row_stride<E>(p_.P);
     lane_ = round_up(p_.H, kColumns), lane_p_ = round_up(p_.P, kColumns);
     for (int d = 0; d < p_.D; ++d) {
       w_[d] = arena.take<A>(p_.gh ? 0 : panels_ * E::panel_size(kGates * p_.H, 4));

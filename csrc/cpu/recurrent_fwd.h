@@ -47,7 +47,7 @@ class RecurrentForward {
 
   void layout(Arena& arena) {
     const int64_t rows = E::rows(plan_.most_slots(p_.steps));
-    k_ = E::columns(p_.P), k_hr_ = E::columns(p_.H), lane_ = round_up(p_.H, W);
+    k_ = row_stride<E>(p_.P), k_hr_ = row_stride<E>(p_.H), lane_ = round_up(p_.H, W);
     for (int d = 0; d < p_.D; ++d) {
       w_[d] = arena.take<A>(p_.gh ? 0 : panels_ * E::panel_size(p_.P, kV));
       w_hr_[d] = arena.take<A>(p_.w_hr[0] ? out_panels_ * E::panel_size(p_.H, 4) : 0);

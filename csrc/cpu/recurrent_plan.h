@@ -94,6 +94,14 @@ void run_groups(const RecurrentPlan& plan, const Parallel& parallel, F&& work) {
   });
 }
 
+// Items from one row of a left operand to the next: an odd number of lines, or all rows of a power
+// of two of features would fall into two sets of L1.
+template <class E>
+int64_t row_stride(int64_t columns) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(typename E::Item));
+  return (div_up(E::columns(columns), kLine) | 1) * kLine;
+}
+
 // Parts of one block of memory, each on a line of its own. Asked for twice: for the size, then for
 // the addresses.
 class Arena {

@@ -1,7 +1,7 @@
 """The torch.library ops beneath LSTM, GRU and RNN, one layer each: schema, fake, autograd.
 
-A layer is the product of all steps' inputs (torch's GEMM), the recurrence (a backend's kernels), and
-in the backward the weights' gradients (torch's GEMMs again, over all steps at once). The
+A layer is the product of all steps' inputs (torch's GEMM), the recurrence (a backend's kernels),
+and in the backward the weights' gradients (torch's GEMMs again, over all steps at once). The
 recurrence is reference/recurrent.py's; its kernels on the CPU are csrc/bindings/recurrent.cpp,
 on Triton recurrent_triton.py, in CUDA C++ recurrent_cuda.py.
 
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops import recurrent_step
 from fastattn.ops._eager import (
     below_autograd,
     differentiable_gradients,
@@ -93,7 +94,7 @@ class _Layer(NamedTuple):
     def of(cls, tensors: Sequence[Any]) -> _Layer:
         x, *weights, h0, c0 = tensors
         D = 1 if weights[5] is None else 2
-        return cls(x, tuple(tuple(weights[5 * d : 5 * d + 5]) for d in range(D)), h0, c0)  # type: ignore[misc]
+        return cls(x, tuple(tuple(weights[5 * d : 5 * d + 5]) for d in range(D)), h0, c0)
 
     def part(self, i: int) -> list[Any]:
         """w_ih, w_hh, b_ih, b_hh or w_hr of every direction, as far as they are given."""
@@ -117,11 +118,12 @@ def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
     x, D = layer.x, len(layer.weights)
     gx = x.new_empty((D, x.shape[0], layer.weights[0][0].shape[0]))
     for d, w in enumerate(layer.weights):
+        if w[0].shape[0] != gx.shape[2]:  # `out` would be made another one
+            raise ValueError("fastattn::recurrent_layer_fwd: w_ih must have the same rows in both directions")
         torch.mm(x, w[0].t(), out=gx[d])
     gh = _one_step(layer, steps)
-    pairs = (None, None) if gh is not None else layer.both(1)
     y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
-        gx, gh, *pairs, *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0, *steps,
+        gx, gh, *layer.both(1), *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0, *steps,
         save,
     )  # fmt: skip
     return y, h_n, c_n, gx if save and steps.cell == LSTM else gates, cells
@@ -150,9 +152,8 @@ def _cpu_recurrence_bwd(
     one = _is_one_step(layer, steps)
     G, H = GATES[steps.cell], layer.weights[0][1].shape[0] // GATES[steps.cell]
     gh = layer.h0.new_empty((*layer.h0.shape[:2], G * H)) if one else None
-    pairs = (None, None) if one else layer.both(1)
     dgx, dghn, dh0, dc0, dh = torch.ops.fastattn.recurrence_cpu_bwd(
-        *upstream, *saved, gh, *pairs, *layer.both(4), layer.h0, layer.c0, *steps
+        *upstream, *saved, gh, *layer.both(1), *layer.both(4), layer.h0, layer.c0, *steps
     )
     if one:
         for d, w in enumerate(layer.weights):
@@ -188,8 +189,8 @@ class _Before:
         if steps.offsets is not None:
             return [(slice(None), self._packed(d, h0, mask))]
         y, B, N = self.y[:, d], h0.shape[0], self.y.shape[0]
-        if not N:
-            return [(slice(None), h0[:0])]
+        if N == 0:
+            return [(slice(None), y)]
         backwards = bool(steps.reverse >> d & 1)
         h = y[B:] if backwards else y[: N - B]
         if mask is not None:
@@ -204,9 +205,9 @@ class _Before:
         return [inner, (last, h0)]
 
     def _packed(self, d: int, h0: Tensor, mask: Tensor | None) -> Tensor:
-        offsets, B = self.steps.offsets, h0.shape[0]
+        offsets = self.steps.offsets
         assert offsets is not None
-        N, T, device = self.y.shape[0], self.steps.T, h0.device
+        N, device = self.y.shape[0], h0.device
         counts = offsets.long().diff()
         rows = torch.arange(N, device=device)
         step = torch.bucketize(rows, offsets.long()[1:], right=True)
@@ -228,21 +229,23 @@ def _weight_gradients(
     y, gates, cells = saved
     found: list[Tensor | None] = []
     before = _Before(layer, y, steps)
-    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(layer.weights):
+    for d, (_, w_hh, b_ih, b_hh, w_hr) in enumerate(layer.weights):
         first = 1 + 5 * d
         d_n = dghn[d] if steps.cell == GRU else None
         found.append(dgx[d].t() @ layer.x if wants(first) else None)
-        found.append(_hidden_gradient(before.pairs(d), w_hh, dgx[d], d_n) if wants(first + 1) else None)
+        found.append(
+            _hidden_gradient(before.pairs(d), w_hh, dgx[d], d_n) if wants(first + 1) else None
+        )
         sums = dgx[d].sum(0) if wants(first + 2) or wants(first + 3) else None
         found.append(sums if b_ih is not None and wants(first + 2) else None)
         of_h = None
         if sums is not None and b_hh is not None and wants(first + 3):
             # LSTM's and RNN's two biases have one gradient, in two tensors.
-            of_h = sums.clone() if d_n is None else torch.cat((sums[: 2 * d_n.shape[1]], d_n.sum(0)))
+            of_h = (
+                sums.clone() if d_n is None else torch.cat((sums[: 2 * d_n.shape[1]], d_n.sum(0)))
+            )
         found.append(of_h)
-        if w_hr is not None and wants(first + 4) and not len(layer.x):
-            found.append(torch.zeros_like(w_hr))
-        elif w_hr is not None and wants(first + 4):
+        if w_hr is not None and wants(first + 4):
             found.append(dh[d].t() @ _projected(gates[d], cells[d], steps))
         else:
             found.append(None)
@@ -264,7 +267,9 @@ def _hidden_gradient(
 ) -> Tensor:
     out = torch.empty_like(w_hh)
     H = 0 if dghn is None else dghn.shape[1]
-    parts = [(out, dgx)] if dghn is None else [(out[: 2 * H], dgx[:, : 2 * H]), (out[2 * H :], dghn)]
+    parts = (
+        [(out, dgx)] if dghn is None else [(out[: 2 * H], dgx[:, : 2 * H]), (out[2 * H :], dghn)]
+    )
     for to, gradient in parts:
         rows, h = pairs[0]
         torch.mm(gradient[rows].t(), h, out=to)
@@ -284,14 +289,24 @@ def _bwd_impl(recurrence: Backward, *args: Any) -> tuple[Tensor, ...]:
         return bool(need >> i & 1)
 
     grads: list[Tensor | None] = [None] * _N_TENSORS
+    if layer.x.shape[0] == 0:  # no step, nothing saved
+        grads = [None if t is None else torch.zeros_like(t) for t in args[:11]] + [dh0, dc0]
+        return _every(grads, layer, need)
     if wants(0):
         dx = dgx[0] @ layer.weights[0][0]
         grads[0] = dx if len(layer.weights) == 1 else dx.addmm_(dgx[1], layer.weights[1][0])
     grads[1:11] = _weight_gradients(wants, layer, steps, saved, dgx, dghn, dh)
     grads[11] = dh0 if wants(11) else None
     grads[12] = dc0 if wants(12) and layer.c0 is not None else None
-    nothing = layer.x.new_empty((0,))
-    return tuple(nothing.clone() if g is None else g for g in grads)
+    return _every(grads, layer, need)
+
+
+def _every(grads: list[Tensor | None], layer: _Layer, need: int) -> tuple[Tensor, ...]:
+    """All gradients; those that nobody wants are empty."""
+    return tuple(
+        layer.x.new_empty((0,)) if g is None or not need >> i & 1 else g
+        for i, g in enumerate(grads)
+    )
 
 
 # ---------------------------------------------------------------------------- schema and autograd
@@ -388,7 +403,8 @@ class _Ops:
 
 
 def _by_reference(tensors: Sequence[Any], steps: Steps) -> tuple[Tensor, ...]:
-    return reference.layer(*_Layer.of(tensors), *steps)
+    x, weights, h0, c0 = _Layer.of(tensors)
+    return reference.layer(x, weights, h0, c0, *steps)
 
 
 def backward_by_reference(*args: Any) -> tuple[Tensor, ...]:
@@ -429,6 +445,20 @@ lib.impl("recurrent_layer_fwd", _cpu_fwd, "CPU")
 lib.impl("recurrent_layer_bwd", lambda *args: _bwd_impl(_cpu_recurrence_bwd, *args), "CPU")
 
 
+def _may_step(x: Tensor, weights: Sequence[Weights], steps: Steps, backend: str) -> bool:
+    """Whether recurrent_step.py serves a call of one step; no compiler or fake mode looks on."""
+    return (
+        backend == "cpu"
+        and len(weights) == 1
+        and weights[0][4] is None
+        and steps[:3] == (None, None, None)
+        and type(x) is Tensor
+        and x.shape[0] > 0
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def layer(
     x: Tensor,
     weights: Sequence[Weights],
@@ -447,6 +477,11 @@ def layer(
     steps = Steps(h_mask, offsets, lengths, T, cell, reverse)
     if backend == "reference" or transformed():
         return reference.layer(x, weights, h0, c0, *steps)
+    if T == 1 and _may_step(x, weights, steps, backend):
+        inputs = (x, *weights[0][:4], h0, c0)
+        if wants_grad(*inputs):
+            return recurrent_step.function.apply(*inputs, cell)  # type: ignore[no-any-return]
+        return recurrent_step.run(*inputs, cell, save=False)[:3]  # type: ignore[return-value]
     second = weights[1] if len(weights) > 1 else (None,) * 5
     tensors = (x, *weights[0], *second, h0, c0)
     ops = _OPS[backend]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tools import featured
 
-from . import budget_file, row_budget
+from . import budget_file, recurrent_budget, row_budget
 from .aot import ARCHS, CompileError, Figures, all_figures
 from .calls import attend, tiles_of
 from .driver import SHARED_LIMIT
@@ -31,6 +31,8 @@ NO_DOT = (
     "prepare_kernel", "dsinks_kernel", *row_budget.KERNELS, "ffn_block_finish_kernel",
 )  # fmt: skip
 
+_COLUMNS = ("BLOCK_N", "BLOCK_F", "BLOCK_U", "BLOCK_H")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -43,8 +45,8 @@ class Row:
     @property
     def name(self) -> str:
         sizes = self.launch.bound
-        columns = sizes.get("BLOCK_N", sizes.get("BLOCK_F", "-"))
-        tile = f"{sizes.get('BLOCK_M', '-')}x{columns}"
+        columns = next((sizes[n] for n in _COLUMNS if n in sizes), "-")
+        tile = f"{sizes.get('BLOCK_M', sizes.get('BLOCK_B', '-'))}x{columns}"
         options = f"w{self.launch.meta['num_warps']}"
         if "num_stages" in self.launch.meta:
             options += f" s{self.launch.meta['num_stages']}"
@@ -94,6 +96,19 @@ def block_rows(archs: Sequence[str], dtypes: Sequence[str]) -> Iterator[Row]:
         yield from row_rows(archs, [dtype], widths, of.BLOCK_FEATURES, of.BLOCK_KERNELS)
 
 
+def recurrent_rows(
+    archs: Sequence[str], dtypes: Sequence[str], features: Sequence[str],
+    kernels: Sequence[str] = recurrent_budget.KERNELS,
+) -> Iterator[Row]:  # fmt: skip
+    """LSTM, GRU and RNN; H stands where a head dim does."""
+    for arch in archs:
+        for dtype in dtypes:
+            for feature in features:
+                found = recurrent_budget.launches(arch, DTYPES[dtype], feature, kernels)
+                for H, launch in found:
+                    yield Row(arch, dtype, H, feature, launch)
+
+
 def sample() -> list[Row]:
     """What `make verify` compiles: the usual sizes, each architecture once or twice."""
     found = list(rows(ARCHS, ["bf16"], [64], ["causal"]))
@@ -103,6 +118,9 @@ def sample() -> list[Row]:
     most = ("norm_forward_kernel", "norm_backward_kernel", "act_backward_kernel")
     found += row_rows(ARCHS, ["bf16"], [768], ["rows"], most)
     found += row_rows(["sm_80"], ["bf16"], [768], ["everything"])
+    of = recurrent_budget.KERNELS
+    found += recurrent_rows(["sm_80", "gfx942"], ["bf16"], ["lstm few"], of[2:4])
+    found += recurrent_rows(["sm_86", "sm_90"], ["bf16"], ["gru whole"], of[:2])
     return [*found, *block_rows(["sm_86", "sm_90"], ["bf16"])]
 
 
@@ -112,6 +130,8 @@ def full() -> list[Row]:
     found += row_rows(ARCHS, ["bf16", "fp32"], row_budget.WIDTHS, ["rows"])
     found += row_rows(ARCHS, ["bf16", "fp32"], [768], ["everything"])
     found += block_rows(ARCHS, ["bf16", "fp32"])
+    found += recurrent_rows(ARCHS, ["bf16"], recurrent_budget.FEATURES)
+    found += recurrent_rows(ARCHS, ["fp32"], recurrent_budget.FEATURES_FP32)
     return found
 
 

@@ -26,6 +26,7 @@ TABLE = Path(__file__).with_name("MUTATIONS.md")
 JOBS, TIMEOUT = 2, 300.0  # seconds from one answer to the next
 COLUMNS = ("interpreter", "ttsem", "driver", "budget")
 ROWS = "row_"  # how the cases of row_cases.py begin: layernorm_ffn and its parts
+RECURRENT = "rec_"  # and those of recurrent_cases.py
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,26 @@ NO_ANSWER = Outcome("error", "no answer")
 # --------------------------------------------------------------- the checks, run inside a mutant
 
 
-def by_ttsem(name: str) -> None:
+def small_cases(name: str) -> Any:
+    """The module of the cases that a name belongs to; attention's are of another kind: None."""
+    if name.startswith(RECURRENT):
+        from . import recurrent_cases
+
+        return recurrent_cases
     if name.startswith(ROWS):
         from . import row_cases
+
+        return row_cases
+    return None
+
+
+def by_ttsem(name: str) -> None:
+    cases = small_cases(name)
+    if cases is not None:
         from .semantics import semantics
 
         with semantics():
-            row_cases.check(name)
+            cases.check(name)
         return
     from .calls import check
     from .cases import case_named
@@ -65,12 +79,12 @@ def by_interpreter(name: str) -> None:
     sys.path.insert(0, str(ROOT / "tests" / "triton"))
     import interpreter
 
-    if name.startswith(ROWS):
-        from . import row_cases
+    cases = small_cases(name)
+    if cases is not None:
         from .launches import unwritten_is_nan
 
         with interpreter.interpreted(), unwritten_is_nan():
-            row_cases.check(name)
+            cases.check(name)
         return
     from .calls import check
     from .cases import case_named
@@ -91,6 +105,9 @@ def by_driver(what: str) -> None:
 
     if what.startswith(ROWS):
         _rows_by_driver(what)
+        return
+    if what.startswith(RECURRENT):
+        _recurrent_by_driver(what)
         return
     if what == "growing":
         compiled = jit.compiles_while_growing(80)
@@ -117,12 +134,32 @@ def _rows_by_driver(what: str) -> None:
             run(row_cases.case_named(what), "triton")
 
 
+def _recurrent_by_driver(what: str) -> None:
+    from recurrent_calls import RNN_TANH, run
+
+    from . import recurrent_cases, recurrent_jit
+    from .driver import standing_in
+
+    if what == "rec_growing":
+        compiled = recurrent_jit.compiles_while_growing("_sequence", 80)
+        assert set(compiled.values()) == {1}, f"needless binaries: {compiled}"
+    elif what == "rec_weights":
+        again = recurrent_jit.weights_in_the_loop(RNN_TANH)
+        assert not again, f"weights are read in the loop over time: {again[0][:200]}"
+    else:
+        with recurrent_cases.tier_of(what), standing_in(80):
+            run(recurrent_cases.case_named(what))
+
+
 def by_budget(what: str) -> None:
     """The forward's row for bf16, head dim 64, causal on sm_80; or those of a row op's kernels."""
     from . import budget
 
     if what.startswith(ROWS):
         rows = list(budget.row_rows(["sm_80"], ["bf16"], [768], ["rows"]))
+    elif what.startswith(RECURRENT):
+        step = ["recurrent_step_kernel"]
+        rows = list(budget.recurrent_rows(["sm_80"], ["bf16"], ["lstm few"], step))
     else:
         rows = [
             row
@@ -134,7 +171,7 @@ def by_budget(what: str) -> None:
         if not isinstance(now, budget.Figures):
             raise now
         # Of another tile than the budget's: the shipped one is the measure.
-        prefix = row.name.split("_kernel")[0]
+        prefix = row.name.split("_kernel")[0] + "_kernel "
         allowed = next(f for n, f in known.items() if n.startswith(prefix))
         wrong += [*budget.rules(row, now), *now.worse_than(allowed)]
     if wrong:
@@ -279,6 +316,8 @@ def panel(mutation: Mutation) -> list[str]:
     checks = {"ttsem": f"ttsem:{case}", "driver": "driver:aligned", "budget": "budget:forward"}
     if case.startswith(ROWS):
         checks |= {"driver": f"driver:{case}", "budget": "budget:row_norm"}
+    if case.startswith(RECURRENT):
+        checks |= {"driver": f"driver:{case}", "budget": "budget:rec_step"}
     checks |= {rung: mutation.by}
     return [*checks.values(), f"interpreter:{case}"]  # last: it may take the process along
 

@@ -1,0 +1,86 @@
+"""One step of one direction on the CPU, in eager: what the cells' modules call.
+
+The same arithmetic as recurrent_op.py's layer with T = 1, without its general bookkeeping, which
+would cost a small step more than its GEMMs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops._eager import differentiable_gradients, make_function
+from fastattn.reference import recurrent as reference
+from fastattn.reference.recurrent import GRU, LSTM
+
+_NOTHING = (None,) * 3
+
+
+def run(
+    x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor,
+    c0: Tensor | None, cell: int, *, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y, h_n, c_n, gates, cells of the op's forward. x (B, I); h0 and c0 (1, B, H)."""
+    gx = torch.mm(x, w_ih.t())[None]
+    gh = torch.mm(h0[0], w_hh.t())[None]
+    y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
+        gx, gh, None, None, b_ih, None, b_hh, None, None, None, h0, c0, *_NOTHING, 1, cell, 0, save
+    )
+    return y, h_n, c_n, gx if save and cell == LSTM else gates, cells
+
+
+def gradients(
+    needs: tuple[bool, ...], upstream: tuple[Tensor | None, ...], inputs: tuple[Any, ...],
+    saved: tuple[Tensor, ...], cell: int,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Of x, w_ih, w_hh, b_ih, b_hh, h0, c0, as far as they are needed."""
+    x, w_ih, w_hh, b_ih, b_hh, h0, c0 = inputs
+    rows = x.new_empty((1, x.shape[0], w_hh.shape[0]))  # says that the product is made here
+    dgx, dghn, dh0, dc0, _ = torch.ops.fastattn.recurrence_cpu_bwd(
+        *upstream, *saved, rows, *(None,) * 4, h0, c0, *_NOTHING, 1, cell, 0
+    )
+    d = hidden = dgx[0]
+    if cell == GRU:
+        hidden = torch.cat((d[:, : 2 * h0.shape[2]], dghn[0]), 1)
+    sums = d.sum(0) if needs[3] or (needs[4] and cell != GRU) else None
+    db_hh = None
+    if needs[4] and b_hh is not None:
+        db_hh = hidden.sum(0) if cell == GRU else sums if not needs[3] else sums.clone()  # type: ignore[union-attr]
+    return (
+        d @ w_ih if needs[0] else None,
+        d.t() @ x if needs[1] else None,
+        hidden.t() @ h0[0] if needs[2] else None,
+        sums if needs[3] and b_ih is not None else None,
+        db_hh,
+        torch.addmm(dh0[0], hidden, w_hh)[None] if needs[5] else None,
+        dc0 if needs[6] and c0 is not None else None,
+    )
+
+
+def _forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    y, h_n, c_n, gates, cells = run(*args, save=True)
+    ctx.cell = args[-1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*args[:-1], y, gates, cells)
+    return y, h_n, c_n
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:7]
+    inputs, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    if all(g is None for g in upstream):
+        return (None,) * 8
+    if not torch.is_grad_enabled():
+        return (*gradients(needs, upstream, inputs, saved, ctx.cell), None)
+
+    def formula(*given: Any) -> tuple[Tensor, ...]:
+        x, w_ih, w_hh, b_ih, b_hh, h0, c0 = given
+        weights = ((w_ih, w_hh, b_ih, b_hh, None),)
+        return reference.layer(x, weights, h0, c0, None, None, None, 1, ctx.cell, 0)
+
+    return (*differentiable_gradients(formula, inputs, needs, upstream), None)
+
+
+function = make_function("_RecurrentStep", forward=_forward, backward=_backward)

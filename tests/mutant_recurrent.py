@@ -1,0 +1,96 @@
+"""Runs the kernels of one library made from mutant_recurrent_shim.cpp, in a process of its own.
+
+    python tests/mutant_recurrent.py LIBRARY IN.npz OUT.npz
+
+Arrays are called "CASE/NAME", with the names of the struct; see test_mutations_recurrent.py.
+"""
+
+import ctypes
+import sys
+from typing import Any
+
+import numpy as np
+from mutant import nested
+
+_INTS = ("cell", "H", "P", "D", "reverse", "T", "B", "N", "threads")
+_POINTERS = (
+    "offsets", "lengths", "index", "active", "gx", "gh", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0",
+    "h_mask", "dy", "dh_n", "dc_n", "y", "h_n", "c_n", "gates", "cells", "dgx", "dghn", "dh0",
+    "dc0", "dh",
+)  # fmt: skip
+LSTM, GRU = 0, 1
+
+
+class MutantRecurrent(ctypes.Structure):
+    """mutant_recurrent_shim.cpp's struct of the same name."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in _INTS),
+        *((n, ctypes.c_void_p) for n in _POINTERS),
+    ]
+
+
+def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One case, forward and backward: every result, and sums that the weights' gradients are."""
+    cell, H, P, D, B, N = (int(case[n]) for n in ("cell", "H", "P", "D", "B", "N"))
+    shapes: dict[str, tuple[int, ...]] = {
+        "y": (N, D * P), "h_n": (D, B, P), "dgx": case["gx"].shape, "dh0": (D, B, P),
+    }  # fmt: skip
+    if cell == LSTM:
+        shapes |= {"c_n": (D, B, H), "dc0": (D, B, H), "cells": (D, N, H)}
+    if cell == GRU:
+        shapes |= {"gates": (D, N, 4 * H), "dghn": (D, N, H)}
+    if "w_hr" in case:
+        shapes["dh"] = (D, N, P)
+    # NaN: whatever a kernel leaves unwritten shows.
+    out = {n: np.full(s, np.nan, np.float32) for n, s in shapes.items()}
+    gx = case["gx"].copy()
+    given: dict[str, Any] = {**case, **out, "gx": gx}
+    if cell == LSTM:
+        given["gates"] = gx  # as the op has it
+
+    call = MutantRecurrent()
+    for n in _INTS:
+        setattr(call, n, case[n].item())
+    for n in _POINTERS:
+        x = given.get(n)
+        setattr(call, n, None if x is None else x.ctypes.data)
+    size = ctypes.c_int64(ctypes.sizeof(call))
+    status = library.mutant_recurrent_run(ctypes.byref(call), size)
+    assert status == 0, "MutantRecurrent is not the struct of mutant_recurrent_shim.cpp"
+    return _what_is_known(case, out, given["gates"] if cell in (LSTM, GRU) else None)
+
+
+def _what_is_known(
+    case: dict[str, np.ndarray], out: dict[str, np.ndarray], gates: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """The results that the oracle has too."""
+    cells, gates = out.pop("cells", None), gates
+    out.pop("gates", None)
+    here, H = case["here"], int(case["H"])
+    if "dh" in out:
+        dh = out.pop("dh")
+        out["dh_beyond"] = dh[:, ~here]
+        m = gates[:, here, 3 * H :] * np.tanh(cells[:, here])
+        out["dw_hr"] = dh[:, here].transpose(0, 2, 1) @ m
+    d_product = out["dgx"]
+    if "dghn" in out:
+        dghn = out.pop("dghn")
+        out["db_hn"] = dghn.sum(1)
+        d_product = np.concatenate((d_product[:, :, : 2 * H], dghn), -1)
+    if "gh" in case:  # the product's part is the caller's
+        out["dh0"] += d_product @ case["w_hh"] * case.get("h_mask", np.float32(1))
+    return out
+
+
+def main() -> None:
+    library_path, in_path, out_path = sys.argv[1:]
+    library = ctypes.CDLL(library_path)
+    with np.load(in_path) as file:
+        cases = nested(dict(file))
+    results = {c: run(library, case) for c, case in cases.items()}
+    np.savez(out_path, **{f"{c}/{n}": x for c, out in results.items() for n, x in out.items()})
+
+
+if __name__ == "__main__":
+    main()

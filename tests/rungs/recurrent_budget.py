@@ -1,0 +1,55 @@
+"""The budget's rows of the kernels of LSTM, GRU and RNN; see budget.py. H stands where a head dim
+does. Every call has all that costs registers: two directions, lengths, a mask, what training saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from recurrent_calls import GRU, LSTM, RNN_TANH, run
+from recurrent_calls import call as make
+
+from fastattn.kernels import recurrent as kernels
+
+from .calls import FAMILIES, tiles_of
+from .launches import Launch, recorded
+
+CELLS = {"lstm": LSTM, "gru": GRU, "rnn": RNN_TANH}
+KERNELS = (
+    "recurrent_sequence_kernel", "recurrent_sequence_backward_kernel", "recurrent_step_kernel",
+    "recurrent_step_backward_kernel", "hidden_gradient_kernel", "project_kernel",
+)  # fmt: skip
+# A feature is a cell and its size: "whole" is the widest that one program holds; "few" and "many"
+# are B = 16 and 64 at H = 1024, where steps are launches; "projected" has P = 256 there.
+FEATURES = (
+    "lstm whole", "gru whole", "rnn whole", "lstm few", "gru many", "lstm projected",
+)  # fmt: skip
+FEATURES_FP32 = ("lstm whole", "gru many")
+_WIDE, _PROJECTED = 1024, 256
+
+
+def widest(arch: str, cell: int, dtype: torch.dtype) -> int:
+    """The widest power of two that the sequence tier serves on an architecture."""
+    sizes = (16, 32, 64, 128, 256, 512)
+    family = FAMILIES[arch]
+    return max(H for H in sizes if kernels.whole_sequence(cell, H, False, dtype, family))
+
+
+def launches(
+    arch: str, dtype: torch.dtype, feature: str, names: Sequence[str] = KERNELS
+) -> Iterator[tuple[int, Launch]]:
+    """H and the first launch of each kernel; nothing runs."""
+    torch.manual_seed(0)
+    name, size = feature.split()
+    cell = CELLS[name]
+    H = widest(arch, cell, dtype) if size == "whole" else _WIDE
+    B = 64 if size == "many" else 16
+    call = make(
+        cell, T=1, B=B, H=H, D=2, P=_PROJECTED if size == "projected" else None, dtype=dtype,
+        lengths=[1] * B, mask=True,
+    )  # fmt: skip
+    with tiles_of(arch), recorded() as found:
+        run(call)
+    for kernel in names:
+        yield from [(H, x) for x in found if x.name == kernel][:1]

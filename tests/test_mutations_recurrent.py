@@ -1,0 +1,279 @@
+"""Bugs planted in the CPU kernels of LSTM, GRU and RNN, one at a time: some case must fail for each.
+
+The machinery is that of test_mutations.py, the rule that of tools.py. Barriers are ThreadSanitizer's
+to watch, in a program of its own: a missing one shows in the values only by luck.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mutant
+import numpy as np
+import pytest
+import torch
+from mutations import Mutation, sample
+from mutations_recurrent import (
+    GRU_MUTATIONS,
+    LSTM_MUTATIONS,
+    PATIENT,
+    RACES,
+    WIDE_MUTATIONS,
+)
+from test_mutations import CPU, HERE, JOBS, build, mutate
+from tools import assert_within, one_thread
+from torch import Tensor
+
+from fastattn.backends import cpu_isas
+from fastattn.reference.recurrent import GATES, GRU, LSTM, RNN_RELU, RNN_TANH, recurrence
+
+# name -> sizes and options. Portable vectors have 4 lanes. With threads the plan cuts the batch
+# ("slices") or the hidden units ("team"): see plan_recurrence.
+LSTM_CASES: dict[str, dict[str, Any]] = {
+    "masked": {"T": 5, "B": 3, "H": 19, "D": 2, "mask": True},
+    "lengths": {"T": 6, "B": 5, "H": 10, "D": 2, "lengths": [2, 6, 0, 1, 4], "mask": True},
+    "packed": {"T": 6, "B": 5, "H": 9, "D": 2, "packed": [6, 5, 5, 2, 1]},
+    "projected": {"T": 5, "B": 4, "H": 27, "P": 18, "D": 2, "lengths": [2, 5, 0, 4], "mask": True},
+    "one_step": {"T": 1, "B": 4, "H": 6, "D": 2, "lengths": [0, 1, 0, 1], "mask": True, "gh": True},
+    "many_rows": {"T": 2, "B": 100, "H": 5},
+    "slices": {"T": 4, "B": 9, "H": 64, "lengths": [1, 4, 2, 4, 3, 4, 4, 2, 4], "threads": 2},
+    "team": {"T": 6, "B": 3, "H": 66, "D": 2, "threads": 4},
+    "team_of_three": {"T": 5, "B": 3, "H": 79, "threads": 3},
+    "team_projected": {"T": 6, "B": 3, "H": 70, "P": 62, "lengths": [3, 6, 6], "threads": 2},
+}  # fmt: skip
+GRU_CASES: dict[str, dict[str, Any]] = {
+    "gru": {"cell": GRU, "T": 5, "B": 3, "H": 19, "D": 2, "mask": True},
+    "gru_lengths": {"cell": GRU, "T": 6, "B": 5, "H": 10, "D": 2, "lengths": [2, 6, 0, 1, 4]},
+    "gru_packed": {"cell": GRU, "T": 6, "B": 5, "H": 9, "D": 2, "packed": [6, 5, 5, 2, 1]},
+    "gru_one_step": {"cell": GRU, "T": 1, "B": 4, "H": 6, "D": 2, "mask": True, "gh": True},
+    "gru_team": {"cell": GRU, "T": 6, "B": 3, "H": 75, "threads": 2},
+    "tanh": {"cell": RNN_TANH, "T": 5, "B": 3, "H": 37, "D": 2, "mask": True},
+    "relu": {"cell": RNN_RELU, "T": 5, "B": 4, "H": 37, "D": 2, "lengths": [2, 5, 0, 4]},
+    "tanh_team": {"cell": RNN_TANH, "T": 6, "B": 3, "H": 130, "threads": 2},
+}  # fmt: skip
+# 16 lanes; a piece of K is 96 long.
+WIDE_CASES: dict[str, dict[str, Any]] = {
+    "lengths": {"T": 3, "B": 5, "H": 19, "D": 2, "lengths": [2, 3, 0, 1, 3], "mask": True},
+    "pieces": {"T": 3, "B": 13, "H": 130},
+    "projected": {"T": 3, "B": 20, "H": 117, "P": 100},
+}  # fmt: skip
+
+
+class Case:
+    """Arguments, and what is right."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        given = {"cell": LSTM, "D": 1, "threads": 1, **spec}
+        self.cell, D, T, B, H = (given[n] for n in ("cell", "D", "T", "B", "H"))
+        P, G = given.get("P", H), GATES[self.cell]
+        reverse = 2 if D == 2 else T % 2
+        self.steps, self.ints, self.here = _steps(given)
+        N = len(self.here)
+        shapes = {
+            "gx": (D, N, G * H), "w_hh": (D, G * H, P), "b_ih": (D, G * H), "b_hh": (D, G * H),
+            "h0": (D, B, P), "dy": (N, D * P), "dh_n": (D, B, P),
+        }  # fmt: skip
+        if self.cell == LSTM:
+            shapes |= {"c0": (D, B, H), "dc_n": (D, B, H)}
+        if "P" in given:
+            shapes["w_hr"] = (D, P, H)
+        self.tensors = {n: torch.randn(s) for n, s in shapes.items()}
+        self.tensors["w_hh"] *= P**-0.5
+        if "P" in given:
+            self.tensors["w_hr"] *= H**-0.5
+        if given.get("mask"):
+            self.tensors["h_mask"] = (torch.rand(D, B, P) < 0.7) / 0.7
+        self.numbers = {"T": T, "cell": self.cell, "reverse": reverse}
+        with one_thread():
+            self.right = self.results(torch.float64)
+            self.plain = [self.results(torch.float32)]
+        numbers = self.numbers | {"H": H, "P": P, "D": D, "B": B, "N": N}
+        self.arrays = {n: np.asarray(x) for n, x in (self.tensors | self.ints).items()}
+        self.arrays |= {n: np.asarray(x) for n, x in numbers.items()}
+        self.arrays |= {"threads": np.asarray(given["threads"]), "here": self.here.numpy()}
+        for n, rows in (("gx", (slice(None), ~self.here)), ("dy", ~self.here)):
+            self.arrays[n] = self.arrays[n].copy()
+            self.arrays[n][rows] = np.nan  # not the sequence's
+        if given.get("gh"):
+            h = self.tensors["h0"] * self.tensors.get("h_mask", 1.0)
+            self.arrays["gh"] = (h @ self.tensors["w_hh"].mT).numpy()
+
+    def results(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """By the oracle."""
+        t = {n: x.to(dtype, copy=True).requires_grad_() for n, x in self.tensors.items()}
+        H, b_hn = t["b_hh"].shape[1] // GATES[self.cell], []
+        b_hh = t["b_hh"]
+        if self.cell == GRU:
+            b_hn = [b[2 * H :] for b in b_hh]
+            b_hh = torch.cat((b_hh[:, : 2 * H], torch.zeros_like(b_hh[:, :H])), 1)
+        gx = t["gx"] + (t["b_ih"] + b_hh)[:, None]
+        upstream = [torch.where(self.here[:, None], t["dy"], 0.0), t["dh_n"]]
+        upstream += [t["dc_n"]] if "dc_n" in t else []
+        outputs = recurrence(
+            gx, [*t["w_hh"]], b_hn, [*t["w_hr"]] if "w_hr" in t else [], t["h0"], t.get("c0"),
+            t["h_mask"].detach() if "h_mask" in t else None, *self.steps, **self.numbers,
+        )  # fmt: skip
+        out = dict(zip(("y", "h_n", "c_n")[: len(upstream)], outputs, strict=False))
+        names = ("gx", "h0", *(n for n in ("c0", "w_hr") if n in t), "b_hh")
+        grads = torch.autograd.grad(
+            [*out.values()], [t[n] for n in names], [u.detach() for u in upstream]
+        )
+        out |= {f"d{n}": g for n, g in zip(names, grads, strict=True)}
+        db_hh = out.pop("db_hh")
+        if self.cell == GRU:
+            out["db_hn"] = db_hh[:, 2 * H :]
+        if "w_hr" in t:
+            beyond = (len(gx), int((~self.here).sum()), t["h0"].shape[2])
+            out["dh_beyond"] = gx.new_zeros(beyond)
+        return {n: x.detach() for n, x in out.items()}
+
+    def verdict(self, results: dict[str, np.ndarray]) -> str | None:
+        """None where the results are right, else what is wrong with them."""
+        assert results.keys() == self.right.keys()
+        try:
+            for n, x in self.right.items():
+                assert_within(n, torch.from_numpy(results[n]), x, [p[n] for p in self.plain])
+        except AssertionError as error:
+            return str(error).splitlines()[0]
+        return None
+
+
+def _steps(
+    given: dict[str, Any],
+) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, Tensor], Tensor]:
+    """offsets and lengths as the oracle takes them, as the kernels do, and which rows there are."""
+    T, B = given["T"], given["B"]
+    t = torch.arange(T)
+    if "packed" in given:
+        counts = (torch.tensor(given["packed"]) > t[:, None]).sum(1)
+        offsets = torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0)))
+        return (offsets, None), {"offsets": offsets}, torch.ones(int(offsets[-1]), dtype=torch.bool)
+    if "lengths" not in given:
+        return (None, None), {}, torch.ones(T * B, dtype=torch.bool)
+    lengths = torch.tensor(given["lengths"])
+    here = lengths > t[:, None]
+    falling, index = lengths.sort(descending=True, stable=True)
+    ints = {"lengths": falling, "index": index, "active": here.sum(1)}
+    return (None, lengths), ints, here.view(-1)
+
+
+# name -> instruction set and its level, the cells compiled, planted bugs, cases.
+KINDS: dict[str, tuple[str, int, str, tuple[Mutation, ...], dict[str, dict[str, Any]]]] = {
+    "lstm": ("portable", 0, "LSTM", LSTM_MUTATIONS, LSTM_CASES),
+    "gru": ("portable", 0, "GRU", GRU_MUTATIONS, GRU_CASES),
+    "wide": ("avx512", 2, "LSTM", WIDE_MUTATIONS, WIDE_CASES),
+}
+EVERY = (*LSTM_MUTATIONS, *GRU_MUTATIONS, *WIDE_MUTATIONS, *RACES)
+
+
+def library(
+    folder: Path, mutation: Mutation | None, isa: str, level: int, cells: str, **more: Any
+) -> Path:
+    return build(
+        folder / (mutation.name if mutation else "none"), mutation,
+        shim="mutant_recurrent_shim.cpp", source="recurrent_portable.cpp", edits=(PATIENT,),
+        flags=(f"-DFASTATTN_ISA={isa}", f"-DFASTATTN_LEVEL={level}", f"-D{cells}"),
+        **more,
+    )  # fmt: skip
+
+
+class Lab:
+    """The cases of a kind, and a folder to build mutants in."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        *self.target, self.mutations, cases = KINDS[kind]
+        self.cases = {n: Case(spec) for n, spec in cases.items()}
+        self.inputs = folder / "in.npz"
+        np.savez(
+            self.inputs,
+            **{f"{c}/{n}": x for c, case in self.cases.items() for n, x in case.arrays.items()},
+        )
+
+    def failures(self, mutation: Mutation | None) -> dict[str, str]:
+        """What each case finds wrong, by case; a death is found by all."""
+        built = library(self.folder, mutation, *self.target)
+        out = built.with_name("out.npz")
+        command = [sys.executable, str(HERE / "mutant_recurrent.py"), built, self.inputs, out]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except subprocess.TimeoutExpired:
+            return {"(all)": "does not end"}
+        if done.returncode < 0:
+            return {"(all)": f"died of signal {-done.returncode}"}
+        assert done.returncode == 0, done.stderr
+        with np.load(out) as file:
+            found = mutant.nested(dict(file))
+        verdicts = {n: case.verdict(found[n]) for n, case in self.cases.items()}
+        return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
+
+
+# A machine without AVX-512 never runs the kernels of the last kind.
+@pytest.fixture(scope="module", params=[k for k, v in KINDS.items() if v[0] in cpu_isas()])
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    torch.manual_seed(0)
+    return Lab(tmp_path_factory.mktemp(f"recurrent_mutants_{request.param}"), request.param)
+
+
+def race(folder: Path, mutation: Mutation | None) -> str:
+    """What ThreadSanitizer says of the program: "" where nothing."""
+    program = library(
+        folder, mutation, "portable", 0, "LSTM",
+        form=("-DRACES", "-O1", "-fsanitize=thread", "-fno-pie", "-no-pie"),
+    )  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in (0, 66), f"{done.returncode}: {done.stderr}"
+    assert ("data race" in done.stderr) == (done.returncode == 66), done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("mutation", EVERY, ids=lambda m: m.name)
+def test_mutation_has_its_place(mutation: Mutation) -> None:
+    text = (CPU / mutation.file).read_text()
+    assert mutate(text, mutation) != text
+
+
+def test_names_are_unique() -> None:
+    assert len({m.name for m in EVERY}) == len(EVERY)
+
+
+def test_the_kernels_themselves_pass(lab: Lab) -> None:
+    assert lab.failures(None) == {}
+
+
+@pytest.mark.slow
+def test_a_sample_of_mutations_is_caught(lab: Lab) -> None:
+    assert survivors(lab, sample(lab.mutations)) == []
+
+
+@pytest.mark.full
+def test_every_mutation_is_caught(lab: Lab) -> None:
+    assert survivors(lab, lab.mutations) == []
+
+
+def survivors(lab: Lab, mutations: Sequence[Mutation]) -> list[str]:
+    with ThreadPoolExecutor(JOBS) as pool:
+        found = [*pool.map(lab.failures, mutations)]
+    caught = {m.name: failures for m, failures in zip(mutations, found, strict=True)}
+    for name, failures in caught.items():
+        print(f"{name:32} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
+    idle = [c for c in lab.cases if not any(c in failures for failures in caught.values())]
+    print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
+    return [name for name, failures in caught.items() if not failures]
+
+
+def test_no_race(tmp_path: Path) -> None:
+    assert race(tmp_path, None) == ""
+
+
+@pytest.mark.slow
+def test_a_sample_of_races_is_seen(tmp_path: Path) -> None:
+    assert [m.name for m in sample(RACES) if not race(tmp_path, m)] == []
+
+
+@pytest.mark.full
+def test_every_race_is_seen(tmp_path: Path) -> None:
+    assert [m.name for m in RACES if not race(tmp_path, m)] == []
