@@ -19,6 +19,7 @@ from bench.sweep import sweep
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
+CONTESTS = ("layernorm_ffn", "recurrent")
 
 
 def timed(backend: str, rounds: int) -> list[dict[str, Any]]:
@@ -52,15 +53,12 @@ def memory(backend: str) -> list[dict[str, Any]]:
     return rows
 
 
-def layernorm_ffn(rounds: int) -> list[dict[str, Any]]:
-    """The rows of bench/layernorm_ffn.py, torch.compile beside them."""
-    path = OUT / "layernorm_ffn.json"
+def contests(name: str, rounds: int) -> dict[str, Any]:
+    """The rows of bench/layernorm_ffn.py or bench/recurrent.py, torch.compile beside them."""
+    path = OUT / f"{name}.json"
     command = ["--compile", f"--rounds={rounds}", "--json", str(path)]
-    subprocess.run(
-        [sys.executable, "-m", "bench.layernorm_ffn", *command], check=True, cwd=HERE.parent
-    )
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-    return rows
+    subprocess.run([sys.executable, "-m", f"bench.{name}", *command], check=True, cwd=HERE.parent)
+    return {"environment": environment(), "rows": json.loads(path.read_text())["rows"]}
 
 
 def main() -> None:
@@ -70,8 +68,8 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=400, help="of the sweep")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="only rewrite RESULTS.md")
-    parser.add_argument("--only", choices=["attention", "layernorm_ffn"], help="measure one, keep "
-                        "what the last run found of the other")  # fmt: skip
+    parser.add_argument("--only", choices=["attention", *CONTESTS], help="measure one, keep what "
+                        "the last run found of the others")  # fmt: skip
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     if args.quick:
@@ -79,20 +77,19 @@ def main() -> None:
     last = OUT / "results.json"
     keep = args.report or args.only
     result: dict[str, Any] = json.loads(last.read_text()) if keep and last.exists() else {}
-    if not args.report and args.only != "layernorm_ffn":
+    if not args.report and args.only not in CONTESTS:
         result |= {
             "environment": environment(),
             "timed": timed(args.backend, args.rounds),
             "memory": memory(args.backend),
             "sweep": sweep(args.shapes, args.backend),
         }
-    if not args.report and args.only != "attention":
-        result["layernorm_ffn"] = {
-            "environment": environment(),
-            "rows": layernorm_ffn(args.rounds),
-        }
-    if "timed" not in result or "layernorm_ffn" not in result:
-        sys.exit("bench: the other part was never measured here; run without --only first")
+    for name in CONTESTS:
+        if not args.report and args.only in (None, name):
+            result[name] = contests(name, args.rounds)
+    missing = [name for name in ("timed", *CONTESTS) if name not in result]
+    if missing:
+        sys.exit(f"bench: {', '.join(missing)} never measured here; run without --only first")
     last.write_text(json.dumps(result, indent=1))
     target = OUT / "RESULTS.md" if args.quick else HERE / "RESULTS.md"
     report.write(result, target)

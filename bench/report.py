@@ -33,6 +33,16 @@ nothing between them) over fastattn's. A row passes at its ratio or at 90 % of t
 """
 
 
+RECURRENT_HEAD = """
+# LSTM, GRU, LSTMCell
+
+Baseline: torch's own module on the same weights, eager; under `torch.compile` its graph breaks and
+the same kernels run. *Of gemm*: the bare matrix products of the same shapes, the inputs' of all
+steps at once, the hidden ones step by step. A row passes at its ratio alone; forward rows where
+torch takes less than 200 µs have no verdict.
+"""
+
+
 def _time(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{seconds * 1e6:.1f} µs"
@@ -138,7 +148,7 @@ def _sweep(sweep: dict[str, list[Row]]) -> str:
     return "\n".join(parts)
 
 
-def _ffn(part: dict[str, Any]) -> str:
+def _contests(head: str, part: dict[str, Any]) -> str:
     header = ["case", "eager", "fastattn", "ratio", "target", "of gemm", "× compiled", "verdict"]
     cells = [
         [
@@ -154,9 +164,10 @@ def _ffn(part: dict[str, Any]) -> str:
         for row in part["rows"]
     ]
     env = part["environment"]
-    ok = sum(row["verdict"] == "PASS" for row in part["rows"])
+    judged = [row for row in part["rows"] if row["verdict"] != "-"]
+    ok = sum(row["verdict"] == "PASS" for row in judged)
     return (
-        f"{FFN_HEAD}\n{ok} of {len(cells)} rows reach their target ({env['cpu']}, {env['threads']} "
+        f"{head}\n{ok} of {len(judged)} rows reach their target ({env['cpu']}, {env['threads']} "
         f"threads, torch {env['torch']}, {env['date']}).\n\n{_table(header, cells)}\n"
     )
 
@@ -215,7 +226,8 @@ def markdown(result: dict[str, Any], profile: bool) -> str:
         _memory(result["memory"]),
         "\n## Any shape (a fixed random sample; what looked slow was measured twice)\n",
         _sweep(result["sweep"]),
-        _ffn(result["layernorm_ffn"]),
+        _contests(FFN_HEAD, result["layernorm_ffn"]),
+        _contests(RECURRENT_HEAD, result["recurrent"]),
     ]
     return "\n".join(lines)
 

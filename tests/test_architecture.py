@@ -64,6 +64,30 @@ SHIPPED_LAYERS = {
         "fastattn/reference/embedding.py",
         "tests/test_embedding.py",
     ),
+    "gru": (
+        "csrc/cpu/gru.h",
+        "fastattn/ops/gru.py",
+        "fastattn/nn/gru.py",
+        "fastattn/reference/gru.py",
+        "tests/test_gru.py",
+    ),
+    "lstm": (
+        "csrc/cpu/lstm.h",
+        "fastattn/ops/lstm.py",
+        "fastattn/nn/lstm.py",
+        "fastattn/reference/lstm.py",
+        "tests/test_lstm.py",
+    ),
+    # What LSTM, GRU and RNN share.
+    "recurrent": (
+        "csrc/cpu/recurrent.cpp",
+        "csrc/bindings/recurrent.cpp",
+        "fastattn/ops/recurrent.py",
+        "fastattn/ops/recurrent_op.py",
+        "fastattn/reference/recurrent.py",
+        "tests/test_recurrent.py",
+        "bench/recurrent.py",
+    ),
     "layernorm_ffn": (
         "csrc/cpu/layernorm_ffn.cpp",
         "csrc/cuda/layernorm_ffn_fwd.cu",
@@ -153,6 +177,11 @@ def test_bench_uses_the_public_api(path: Path) -> None:
     for name in ours(imports(path)):
         ok = name in BENCH or name.startswith("bench.")
         assert ok, f"{module_name(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", python_files("examples"), ids=module_name)
+def test_examples_use_what_users_have(path: Path) -> None:
+    assert ours(imports(path)) <= {"fastattn"}
 
 
 def test_kernels_register_no_ops() -> None:
