@@ -32,7 +32,7 @@ class Call {
     check(h0.dim() == 3 && gx_shape.size() == 3 && h0.size(0) == gx_shape[0] && h0.size(0) >= 1 &&
               h0.size(0) <= 2,
           "gx must have shape (D, N, G H) and h0 (D, B, P), D 1 or 2");
-    check(T >= 0 && T < INT64_MAX, "T must not be negative");
+    check(T >= 0 && T < INT64_MAX, "T must be from 0 to 2^63 - 2");
     p.cell = Cell(cell), p.dtype = dtype, p.D = int(h0.size(0)), p.P = h0.size(2);
     check(p.P > 0, "h0 must have features");
     check(reverse >= 0 && reverse < 1 << p.D, "reverse must have a bit a direction");

@@ -120,15 +120,13 @@ def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
     columns = layer.weights[0][0].shape[0]
     gx = torch.ops.fastattn.recurrence_cpu_empty(x, D, x.shape[0], columns)
     for d, w in enumerate(layer.weights):
-        if w[0].shape[0] != columns:  # `out` would be made another one
-            raise ValueError(
-                "fastattn::recurrent_layer_fwd: w_ih must have the same rows in both directions"
-            )
+        if not w[0].shape[0] == w[1].shape[0] == gx.shape[2]:  # `out` would be resized
+            raise ValueError("fastattn::recurrent_layer_fwd: w_ih and w_hh must have G H rows")
         torch.mm(x, w[0].t(), out=gx[d])
     gh = _one_step(layer, steps)
     y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
-        gx, gh, *layer.both(1), *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0, *steps,
-        save,
+        gx, gh, *layer.both(1), *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0,
+        *steps, save,
     )  # fmt: skip
     return y, h_n, c_n, gx if save and steps.cell == LSTM else gates, cells
 
