@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_fwd(
   p.gates = pointer(gates), p.cells = pointer(cells);
   const RecurrentPlan plan = call.resident_plan(false, tier);
   const RecurrentScratch size = recurrent_scratch(p, false, plan);
-  Tensor shared = call.scratch(size.shared, "shared", Access::kFilledResult);  // zeroed
+  Tensor shared = call.scratch(size.shared, "exchange", Access::kFilledResult);  // zeroed
   Tensor carried = call.scratch(size.carried, "carried", Access::kResult);
   call.check(recurrent_forward(p, plan, pointer(shared), pointer(carried), on.stream), "fwd");
   return {y, h_n, c_n, gates, cells};
@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_bwd(
   g.dgx = pointer(dgx), g.dghn = pointer(dghn), g.dh0 = pointer(dh0), g.dc0 = pointer(dc0);
   const RecurrentPlan plan = call.resident_plan(true, tier);
   const RecurrentScratch size = recurrent_scratch(p, true, plan);
-  Tensor shared = call.scratch(size.shared, "shared", Access::kFilledResult);  // zeroed
+  Tensor shared = call.scratch(size.shared, "exchange", Access::kFilledResult);  // zeroed
   Tensor carried = call.scratch(size.carried, "carried", Access::kResult);
   call.check(recurrent_backward(p, g, plan, pointer(shared), pointer(carried), on.stream), "bwd");
   return {dgx, dghn, dh0, dc0, dh};

@@ -84,13 +84,13 @@ Launch launch_all(const RecurrentParams& p, const RecurrentGrads& g, const Recur
 
 }  // namespace
 
-// kBlock: every unit has a warp's tile and what is not in registers fits a block. kGrid: a block
-// per 16 units, all resident at once: H <= 16 x multiprocessors (one block each: a block takes
-// every register), 1728 on 108, 2112 on 132; and shared memory holds the columns that registers do
-// not, of LSTM's forward in 16 bit (P - 768) x 128 bytes beside 40 KB, which 163 KB have for P <=
-// 1752 and 99 KB for P <= 1240; in fp32 (P - 384) x 256 bytes, P <= 876 of 163 KB, 1132 of 227 KB.
-// The backward keeps as many bytes. A projection is kStep: its second product would be a second
-// barrier.
+// kBlock: every unit has a warp's tile, and what is not in registers fits a block: H <= 128; of an
+// LSTM in fp32 96 where a block has 163 KB of shared memory, 128 where it has 227. kGrid: a block
+// per 16 units, all resident at once. An LSTM's kernel takes every register of a multiprocessor, so
+// H <= 16 x multiprocessors: 1728 of 108, 2112 of 132. And shared memory holds the columns that
+// registers do not, of the LSTM's forward in 16 bit (P - 768) x 128 bytes beside 40 KB of parts
+// (99 KB: P <= 1216), in fp32 (P - 384) x 256 bytes beside 20 (163 KB: P <= 944, 227 KB: 1200).
+// A projection is kStep: its second product would be a second barrier.
 RecurrentPlan recurrent_plan(const RecurrentParams& p, bool backward, const RecurrentRoom& room,
                              RecurrentTier from) {
   RecurrentPlan plan;

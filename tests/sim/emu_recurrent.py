@@ -38,7 +38,8 @@ def program(*dtypes: torch.dtype, cuda: Path = _CUDA, held: int | None = None) -
     return Program((*sources, HERE / "launchers" / "recurrent.cpp"), defines)
 
 
-PROGRAM = program(torch.bfloat16, torch.float32)
+# One a dtype: g++ takes a minute for the cells of each.
+PROGRAMS = {dtype: program(dtype) for dtype in (torch.bfloat16, torch.float32)}
 # Weights beyond a warp's first chunks lie in shared memory: with 16 blocks of 16 units that wants
 # few registers for them.
 FEW_HELD = program(torch.bfloat16, held=32)

@@ -175,7 +175,7 @@ def _recurrence(name: str, dtype: torch.dtype) -> tuple[Recurrence, int]:
 def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) -> None:
     from . import operators
 
-    _use(mutation, sources)
+    _use(mutation, sources, () if case in RECURRENT_CASES else (FWD,))
     with operators.on_cpu() as gpu:
         try:
             if case == "hostile_lengths":
@@ -366,10 +366,10 @@ def _plant(mutation: Mutation | None, only: Variant) -> Path:
     return folder / "cuda"
 
 
-def _use(mutation: Mutation | None, sources: Path) -> None:
-    """The binding is linked with the mutant's kernels; others are as they are. For this process,
-    which ends with it."""
-    planted = mutation.compiled() if mutation else (FWD,)
+def _use(mutation: Mutation | None, sources: Path, sound: tuple[str, ...] = (FWD,)) -> None:
+    """The binding is linked with the mutant's kernels (of none: with `sound`, of few variants);
+    others are as they are. For this process, which ends with it."""
+    planted = mutation.compiled() if mutation else sound
 
     def objects() -> list[Path]:
         return [

@@ -66,13 +66,13 @@ RECURRENT = (
         "Race",
     ),
     _bug(
-        "one_block_is_not_waited_for",
+        "one_block_too_many_is_waited_for",
         BARRIER,
         "target_ += blocks_;",
-        "target_ += blocks_ - 1;",
-        "the last block's h is that of the step before",
-        "ptx:rnn_grid",
-        "Race",
+        "target_ += blocks_ + 1;",
+        "a group waits for a block that it does not have",
+        "plain:rnn_grid",
+        "deadlock",
     ),
     _bug(
         "steps_without_a_grid_barrier",
@@ -153,9 +153,9 @@ RECURRENT = (
         FWD,
         "min(b0 + 8 * n + g, last)",
         "b0 + 8 * n + g",
-        "h of sequences that are not there is read",
+        "rows behind the last sequence are read: those that others write",
         "ptx:rnn_grid",
-        "OutOfBounds",
+        "Race",
     ),
     _bug(
         "weights_at_another_warps_place",
@@ -265,7 +265,7 @@ RECURRENT = (
         "t_before >= 0",
         "a sequence's first c is a row that nobody wrote",
         "ptx:rnn_ragged",
-        "UnwrittenRead",
+        "values",
     ),
     # ---- one step around a GEMM
     _bug(
@@ -285,7 +285,7 @@ RECURRENT = (
         "const bool here = true;\n  if (here) {\n    CellSaved",
         "a sequence that has ended goes on",
         "ptx:rnn_step",
-        "UnwrittenRead",
+        "values",
         _STEP,
     ),
     _bug(

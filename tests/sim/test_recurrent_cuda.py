@@ -192,20 +192,23 @@ def test_no_bank_conflicts_of_operands_and_sums(gpu: Device) -> None:
 
 
 def test_the_tier_follows_from_sizes_and_gpu(gpu: Device) -> None:
-    def tiers(arch: str, cell: int, dtype: torch.dtype, D: int, *hidden: int) -> list[int]:
-        with gpu.playing(arch):
-            like = torch.empty(0, dtype=dtype)
-            return [tier_of(like, 16, H, H, D, cell, False) for H in hidden]
+    def tiers_here(*hidden: int, cell: int = LSTM, dtype: torch.dtype = BF16) -> list[int]:
+        like = torch.empty(0, dtype=dtype)
+        return [tier_of(like, 16, H, H, 1, cell, False) for H in hidden]
 
-    assert tiers("sm_80", LSTM, BF16, 1, 128, 129, 1728, 1729) == [BLOCK, GRID, GRID, STEP]
-    assert tiers("sm_90", LSTM, BF16, 2, 128, 2112, 2113) == [BLOCK, GRID, STEP]
-    assert tiers("sm_90", LSTM, FP32, 1, 1024, 1216) == [GRID, STEP]
-    assert tiers("sm_120", LSTM, BF16, 1, 128, 1024, 1280) == [BLOCK, GRID, STEP]
-    assert tiers("sm_80", GRU, BF16, 1, 1728, 1729) == [GRID, STEP]
+    def tiers(arch: str, cell: int, dtype: torch.dtype, *hidden: int) -> list[int]:
+        with gpu.playing(arch):
+            return tiers_here(*hidden, cell=cell, dtype=dtype)
+
+    assert tiers("sm_80", LSTM, BF16, 128, 129, 1728, 1729) == [BLOCK, GRID, GRID, STEP]
+    assert tiers("sm_90", LSTM, BF16, 128, 2112, 2113) == [BLOCK, GRID, STEP]
+    assert tiers("sm_90", LSTM, FP32, 128, 1200, 1201) == [BLOCK, GRID, STEP]
+    assert tiers("sm_80", LSTM, FP32, 96, 97, 944, 945) == [BLOCK, GRID, GRID, STEP]
+    assert tiers("sm_120", LSTM, BF16, 128, 1216, 1217) == [BLOCK, GRID, STEP]
+    assert tiers("sm_80", GRU, BF16, 1728, 1729) == [GRID, STEP]
     assert tier_of(torch.empty(0), 16, 64, 32, 1, LSTM, False) == STEP
-    with gpu.playing("sm_80"):  # another GPU's plan is refused, not hung: 65 blocks of 64 SMs
-        gpu._library.stand_in_play(8, 0, 64, 163 << 10, 164 << 10)
-        assert tier_of(torch.empty(0, dtype=BF16), 1, 1040, 1040, 1, LSTM, False) == STEP
+    gpu._library.stand_in_play(8, 0, 107, 163 << 10, 164 << 10)  # 108 slices, a block each
+    assert tiers_here(1728) == [STEP]
 
 
 def test_every_launch_goes_to_the_device_and_stream_of_the_call(gpu: Device) -> None:
