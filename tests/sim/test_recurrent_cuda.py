@@ -5,10 +5,11 @@ import re
 from typing import Any
 
 import pytest
+import recurrent_tools as layers
 import torch
 from recurrence_tools import GRU, LSTM, RNN_RELU, RNN_TANH, judge, problem, run
 
-from fastattn.ops import recurrent_cuda
+from fastattn.ops import recurrent_cuda, recurrent_gpu
 from fastattn.ops.recurrent_cuda import BLOCK, GRID, STEP, tier_of
 from sim import ptx
 from sim.cudart import Device
@@ -264,3 +265,22 @@ def test_an_lstm_too_wide_for_the_gpu_is_named(gpu: Device) -> None:
     given = problem(FP32, H=8, T=1, B=1).given
     with pytest.raises(RuntimeError, match="w_hh of H 8 does not stay in this GPU's registers"):
         OPS.recurrence_cuda_kernel_fwd(*given.values(), True, STEP)
+
+
+# ------------------------------------------------------------------------------------ whole layers
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_layers(cell: str, gpu: Device) -> None:
+    """backend="cuda" of the public functions: GEMMs, biases, gradients of weights around it."""
+    layers.judge(layers.make(cell, D=2, B=3, lengths=[2, 5, 0]), "cuda")
+    assert kernels(gpu)
+
+
+@pytest.mark.parametrize("cell", [LSTM, GRU])
+def test_the_first_use_check_passes(cell: int, gpu: Device) -> None:
+    given = problem(FP32, cell=cell, H=9, T=3, **BOTH).given
+    names = ("w_hh", "b_hn", "w_hr", "h0", "c0", "h_mask", "offsets", "lengths", "T", "cell")
+    arguments = (*(given[n] for n in names), given["reverse"])
+    assert recurrent_gpu._check("cuda", arguments) is None
+    assert kernels(gpu)
