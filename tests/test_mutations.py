@@ -44,6 +44,7 @@ FLAGS = (
     "-std=c++20", "-O0", "-g0", "-w", "-fvisibility=hidden", "-ffp-contract=fast",
     "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
+SHARED = ("-fPIC", "-shared")
 
 # --------------------------------------------------------------------------------------- cases
 
@@ -212,6 +213,10 @@ def mutate(text: str, mutation: Mutation) -> str:
     return text[: found[0].start()] + mutation.replace + text[found[0].end() :]
 
 
+def compiler() -> list[str]:
+    return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
+
+
 def build(
     folder: Path,
     mutation: Mutation | None,
@@ -220,7 +225,7 @@ def build(
     beside: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
     edits: tuple[Mutation, ...] = (),
-    form: tuple[str, ...] = ("-fPIC", "-shared"),
+    form: tuple[str, ...] = SHARED,
 ) -> Path:
     """The library of the kernels in `source`, which the shim includes, and in files compiled
     `beside` it, with the mutation where there is one, and with what every library has `edits`."""
@@ -234,9 +239,8 @@ def build(
         file = home / edit.file
         file.write_text(mutate(file.read_text(), edit))
     library = folder / "mutant.so"
-    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
     sources = [str(HERE / shim), *(str(home / name) for name in beside)]
-    command = [*compiler, *FLAGS, *form, *flags, f"-I{home}", *sources, "-o", str(library)]
+    command = [*compiler(), *FLAGS, *form, *flags, f"-I{home}", *sources, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{folder.name} does not compile:\n{done.stderr}"
     return library
