@@ -158,7 +158,7 @@ verify: $(BUILD) $(RUNGS) $(SIM)
 	status=$$?; $(BIN)/python tests/verify_table.py build/verify-*.xml && exit $$status
 
 # The CUDA kernels that ship; the rest of tests/sim: the simulators, launchers, budgets, planted bugs.
-KERNELS := $(sort $(wildcard $(foreach op,attention layernorm_ffn,tests/sim/test_$(op)_cuda*.py \
+KERNELS := $(sort $(wildcard $(foreach op,attention layernorm_ffn recurrent,tests/sim/test_$(op)_cuda*.py \
     tests/sim/test_$(op)_triton*.py tests/sim/test_emu_$(op)*.py)))
 verify-rungs: SUITE := tests/rungs
 verify-kernels: SUITE := $(KERNELS)

@@ -38,10 +38,11 @@ from fastattn.kernels.rows import on_cpu
 LSTM, GRU, RNN_TANH, RNN_RELU = range(4)
 
 # Bytes of W_hh that a program may hold: of 163 KB of shared memory (sm_80; 227 on sm_90 and 100),
-# 99 (sm_86, 89, 120), 64 (gfx942), the largest power of two that leaves 24 KB to the rest.
+# 99 (sm_86, 89, 120), the largest power of two that leaves 24 KB to the rest. On gfx942 they lie in
+# registers: a GRU's 24 KB fit, an LSTM's 32 KB spilled.
 _WEIGHTS = {
     "sm80": 128 << 10, "sm86": 64 << 10, "sm90": 128 << 10, "sm100": 128 << 10, "sm120": 64 << 10,
-    "gfx9": 32 << 10, "cpu": 64 << 10,
+    "gfx9": 24 << 10, "cpu": 64 << 10,
 }  # fmt: skip
 
 
@@ -114,10 +115,10 @@ def whole_sequence(cell: int, H: int, projected: bool, dtype: torch.dtype, famil
     """Whether one program can hold W_hh of a direction: G W W items in shared memory, W the power
     of two from H on, beside what a step's operands take (at most 24 KB, tests/rungs/budgets.json).
 
-    It then makes a step in about 1 to 2 us (*model*: 128 KB of weights from shared memory at 128
-    bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512, and
-    the gates as long again), where a step of its own is a launch. It uses D B / 16 SMs, though;
-    with B in the thousands that is all of them."""
+    It then makes a step in about 1 to 2 us (an estimate: 128 KB of weights from shared memory at
+    128 bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512,
+    and the gates as long again), where a step of its own is a launch. It uses D B / 16 SMs,
+    though; with B in the thousands that is all of them."""
     return not projected and GATES[cell] * _width(H) ** 2 * dtype.itemsize <= _WEIGHTS[family]
 
 
@@ -135,13 +136,14 @@ def _width(H: int) -> int:
     return max(16, triton.next_power_of_2(H))
 
 
-def sequence_tile(H: int, dtype: torch.dtype, cpu: bool) -> Tile:
-    """Warps share the units, 16 a warp up to 8 warps; twice as many in fp32, whose operands of a
-    product live in registers."""
+def sequence_tile(H: int, dtype: torch.dtype, cpu: bool, backward: bool) -> Tile:
+    """Warps share the units: 16 a warp forward, up to 8 warps; 8 in fp32, whose operands of a
+    product live in registers, and half as many backward, up to 16 warps: with twice as many a warp
+    ptxas spilled two registers of a GRU on sm_89 and sm_90, and of an fp32 LSTM on sm_86."""
     if cpu:
         return Tile(16, _width(H), 0, 1, 1)
-    warps = min(8, max(4, _width(H) // (8 if dtype == torch.float32 else 16)))
-    return Tile(16, _width(H), 0, warps, 1)
+    each = 16 // (1 + backward) // (1 + (dtype == torch.float32))
+    return Tile(16, _width(H), 0, min(16 if backward else 8, max(4, _width(H) // each)), 1)
 
 
 def step_tile(B: int, depth: int, dtype: torch.dtype, cpu: bool, backward: bool) -> Tile:
@@ -198,7 +200,7 @@ def _forward_sequence(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     h0, c0, D, B = call.h0, call.c0, *call.h0.shape[:2]
     h_n, c_n = torch.empty_like(h0), h0.new_empty((0,)) if c0 is None else torch.empty_like(c0)
-    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0))
+    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0), backward=False)
     launch(
         recurrent_sequence_kernel, (D * triton.cdiv(B, tile.BLOCK_B),), gx, *pair(call.w_hh),
         *pair(b_hn), h0, c0, call.h_mask, call.offsets, call.lengths, y, h_n,
@@ -299,7 +301,7 @@ def _backward_sequence(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     h0, c0, D, B = call.h0, call.c0, *call.h0.shape[:2]
     dh0, dc0 = torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)
-    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0))
+    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0), backward=True)
     launch(
         recurrent_sequence_backward_kernel, (D * triton.cdiv(B, tile.BLOCK_B),), dy, dh_n, dc_n, y,
         gates, cells, *pair(call.w_hh), h0, c0, call.h_mask, call.offsets, call.lengths, dgx, dghn,

@@ -167,16 +167,15 @@ def recurrent_sequence_backward_kernel(
         if mask_ptr is not None:
             dh *= mask
         dh += by
-        kept = dh
         if dy_ptr is not None:
-            dh += dy
+            dh += dy  # 0 where there is no such step
         f0, f1, f2, f3, by, dc_before = cell_gradients(
             dh, dc, s0, s1, s2, s3, s4, s5, dgx_ptr, dghn_ptr, d * N + rows, here, u, CELL, H,
             BLOCK_H,
         )  # fmt: skip
         # A sequence that does not have the step leaves what it was given, and no gradient of gates.
         has = here[:, None]
-        by = tl.where(has, by, kept)
+        by = tl.where(has, by, dh)
         dc = tl.where(has, dc_before, dc)
         g0, g1 = tl.where(has, f0, 0.0).to(w_0.dtype), tl.where(has, f1, 0.0).to(w_0.dtype)
         g2, g3 = tl.where(has, f2, 0.0).to(w_0.dtype), tl.where(has, f3, 0.0).to(w_0.dtype)

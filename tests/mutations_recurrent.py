@@ -67,7 +67,8 @@ LSTM_MUTATIONS = (
              "A* product = g.d[1 - parity]"),
     Mutation("second_block_added_to_the_first", BWD, "carry(k, panel,", "carry(k - r, panel,"),
     # ---- products
-    Mutation("gates_a_vector_apart", PRODUCTS, "{unit, H, {n, n, n, n}}", "{unit, W, {n, n, n, n}}"),
+    Mutation("gates_a_vector_apart", PRODUCTS, "{unit, H, {n, n, n, n}}",
+             "{unit, W, {n, n, n, n}}"),
     Mutation("last_column_not_packed", PRODUCTS, "N - column - g * W, 0, W)",
              "N - column - g * W, 0, W - 1)"),
     Mutation("tile_reads_the_first_rows", PRODUCTS, "A + r * lda + k0,", "A + k0,"),

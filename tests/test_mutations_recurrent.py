@@ -1,7 +1,8 @@
-"""Bugs planted in the CPU kernels of LSTM, GRU and RNN, one at a time: some case must fail for each.
+"""Bugs planted in the CPU kernels of LSTM, GRU and RNN, one at a time: some case must fail for
+each.
 
-The machinery is that of test_mutations.py, the rule that of tools.py. Barriers are ThreadSanitizer's
-to watch, in a program of its own: a missing one shows in the values only by luck.
+The machinery is that of test_mutations.py, the rule that of tools.py. Barriers are for
+ThreadSanitizer, in a program of its own: a missing one shows in the values only by luck.
 """
 
 import subprocess

@@ -59,7 +59,9 @@ for _suffix in _SUFFIXES.values():
 # What the CPU's layer runs between its GEMMs; not for callers. gx is overwritten by LSTM's gates.
 _PAIRS = "Tensor? w_hh, Tensor? w_hh_reverse, "
 _BIASES = "Tensor? b_ih, Tensor? b_ih_reverse, Tensor? b_hh, Tensor? b_hh_reverse, "
-_REST = f"Tensor? w_hr, Tensor? w_hr_reverse, Tensor h0, Tensor? c0, {_MASKS}, int T, int cell, int reverse"
+_NUMBERS = "int T, int cell, int reverse"
+_REST = f"Tensor? w_hr, Tensor? w_hr_reverse, Tensor h0, Tensor? c0, {_MASKS}, {_NUMBERS}"
+lib.define("recurrence_cpu_empty(Tensor like, int D, int N, int columns) -> Tensor")
 lib.define(
     f"recurrence_cpu_fwd(Tensor(a!) gx, Tensor? gh, {_PAIRS}{_BIASES}{_REST}, bool save) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
@@ -117,15 +119,16 @@ Backward = Callable[..., tuple[Tensor, ...]]
 def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
     layer, steps, save = _Layer.of(args[:_N_TENSORS]), Steps(*args[_N_TENSORS:-1]), args[-1]
     x, D = layer.x, len(layer.weights)
-    gx = x.new_empty((D, x.shape[0], layer.weights[0][0].shape[0]))
+    columns = layer.weights[0][0].shape[0]
+    gx = torch.ops.fastattn.recurrence_cpu_empty(x, D, x.shape[0], columns)
     for d, w in enumerate(layer.weights):
-        if w[0].shape[0] != gx.shape[2]:  # `out` would be made another one
-            raise ValueError("fastattn::recurrent_layer_fwd: w_ih must have the same rows in both directions")
+        if not w[0].shape[0] == w[1].shape[0] == gx.shape[2]:  # `out` would be resized
+            raise ValueError("fastattn::recurrent_layer_fwd: w_ih and w_hh must have G H rows")
         torch.mm(x, w[0].t(), out=gx[d])
     gh = _one_step(layer, steps)
     y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
-        gx, gh, *layer.both(1), *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0, *steps,
-        save,
+        gx, gh, *layer.both(1), *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0,
+        *steps, save,
     )  # fmt: skip
     return y, h_n, c_n, gx if save and steps.cell == LSTM else gates, cells
 

@@ -26,7 +26,7 @@ def run(
     gx = torch.mm(x, w_ih.t())[None]
     gh = torch.mm(h0[0], w_hh.t())[None]
     y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
-        gx, gh, None, None, b_ih, None, b_hh, None, None, None, h0, c0, *_NOTHING, 1, cell, 0, save
+        gx, gh, w_hh, None, b_ih, None, b_hh, None, None, None, h0, c0, *_NOTHING, 1, cell, 0, save
     )
     return y, h_n, c_n, gx if save and cell == LSTM else gates, cells
 
@@ -39,7 +39,7 @@ def gradients(
     x, w_ih, w_hh, b_ih, b_hh, h0, c0 = inputs
     rows = x.new_empty((1, x.shape[0], w_hh.shape[0]))  # says that the product is made here
     dgx, dghn, dh0, dc0, _ = torch.ops.fastattn.recurrence_cpu_bwd(
-        *upstream, *saved, rows, *(None,) * 4, h0, c0, *_NOTHING, 1, cell, 0
+        *upstream, *saved, rows, w_hh, *(None,) * 3, h0, c0, *_NOTHING, 1, cell, 0
     )
     d = hidden = dgx[0]
     if cell == GRU:

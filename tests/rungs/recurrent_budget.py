@@ -22,10 +22,8 @@ KERNELS = (
 )  # fmt: skip
 # A feature is a cell and its size: "whole" is the widest that one program holds; "few" and "many"
 # are B = 16 and 64 at H = 1024, where steps are launches; "projected" has P = 256 there.
-FEATURES = (
-    "lstm whole", "gru whole", "rnn whole", "lstm few", "gru many", "lstm projected",
-)  # fmt: skip
-FEATURES_FP32 = ("lstm whole", "gru many")
+FEATURES = ("lstm whole", "gru whole", "lstm few", "gru many")
+FEATURES_FP32 = ("lstm whole",)
 _WIDE, _PROJECTED = 1024, 256
 
 
