@@ -72,6 +72,16 @@ ROWS = {
         "cuda",
         "op: schema, autograd, compile, errors, first use",
     ),
+    "sim.test_recurrent_cuda": (
+        "lstm, gru, rnn",
+        "cuda",
+        "binding, launcher, sm_80 PTX in the simulator",
+    ),
+    "sim.test_emu_recurrent": (
+        "lstm, gru, rnn",
+        "cuda",
+        "source under TSan and ASan (emulator)",
+    ),
     "sim.test_budget": ("all", "cuda", "machine code within budget"),
     "sim.test_mutants": ("all", "cuda", "planted bugs caught"),
     "sim.test_launcher_ops": ("attention", "cuda", "op: schema, autograd, compile, errors"),

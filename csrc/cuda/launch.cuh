@@ -18,23 +18,36 @@ int list(const Variant (&variants)[kCount], VariantInfo* out, int capacity) {
   return kCount;
 }
 
-// Blocks in x alone: y and z end at 65535.
+// The grid of a launch and its kernel's leave to so much shared memory; whether both may be.
 template <typename... Args>
-void launch(Launch& out, const Variant<Args...>& v, int64_t blocks, cudaStream_t stream,
-            const Args&... args) {
+bool prepare_launch(Launch& out, const Variant<Args...>& v, int64_t blocks) {
   out.block = unsigned(v.threads), out.shared = unsigned(v.shared);
   if (blocks > INT32_MAX) {
     out.error = cudaErrorInvalidConfiguration;
-    return;
+    return false;
   }
   out.grid = unsigned(blocks);
   out.error = cudaFuncSetAttribute(reinterpret_cast<const void*>(v.function),
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared);
-  if (out.error != cudaSuccess) {
-    cudaGetLastError();  // or the next launch would report it again
-    return;
-  }
+  if (out.error != cudaSuccess) cudaGetLastError();  // or the next launch would report it again
+  return out.error == cudaSuccess;
+}
+
+// Blocks in x alone: y and z end at 65535.
+template <typename... Args>
+void launch(Launch& out, const Variant<Args...>& v, int64_t blocks, cudaStream_t stream,
+            const Args&... args) {
+  if (!prepare_launch(out, v, blocks)) return;
   FASTATTN_LAUNCH(v.function, out.grid, out.block, size_t(v.shared), stream, args...);
+  out.error = cudaGetLastError();
+}
+
+// The same with all blocks resident at once, or cudaErrorCooperativeLaunchTooLarge.
+template <typename... Args>
+void launch_together(Launch& out, const Variant<Args...>& v, int64_t blocks, cudaStream_t stream,
+                     const Args&... args) {
+  if (!prepare_launch(out, v, blocks)) return;
+  FASTATTN_LAUNCH_COOPERATIVE(v.function, out.grid, out.block, size_t(v.shared), stream, args...);
   out.error = cudaGetLastError();
 }
 

@@ -40,11 +40,13 @@ struct FragmentA<float> {
 template <typename T>
 struct FragmentB {  // one k step, 8 columns
   uint32_t r[2];
+  FragmentB() = default;
   __device__ FragmentB(uint32_t b0, uint32_t b1) : r{b0, b1} {}
 };
 template <>
 struct FragmentB<float> {
   uint32_t big[2], small[2];
+  FragmentB() = default;
   __device__ FragmentB(uint32_t b0, uint32_t b1) {
     split(b0, big[0], small[0]);
     split(b1, big[1], small[1]);

@@ -112,6 +112,16 @@ __device__ __forceinline__ void st_release(unsigned* p, unsigned value) {
 __device__ __forceinline__ void red_release_add(unsigned* p, unsigned value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(p), "r"(value) : "memory");
 }
+// 16 bytes that another block has written in this launch: past L1. CUDA's __ldcg is not volatile,
+// so a compiler may move it across the barrier that orders it.
+__device__ __forceinline__ uint4 ld_cg_16(const void* p) {
+  uint4 x;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
 // Orders what came before with what comes after, for whoever meets it at an atomic.
 __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 

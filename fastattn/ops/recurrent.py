@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastattn.backends import select
 from fastattn.ops import recurrent_checks as check
+from fastattn.ops import recurrent_gpu  # noqa: F401  registers implementations
 from fastattn.ops import recurrent_rows as layout
 from fastattn.ops._eager import transformed
 from fastattn.ops._guard import as_named

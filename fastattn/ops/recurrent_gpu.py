@@ -184,7 +184,7 @@ def _check(backend: str, given: tuple[Any, ...]) -> str | None:
     more = 16 * torch.finfo(h0.dtype).eps
     complaints: list[str] = []
     for name, got, r in zip(names, found, right, strict=False):
-        complaints += wrong(name, got, r, more)
+        complaints += wrong(name, got, r.detach(), more)
     return "; ".join(complaints) or None
 
 

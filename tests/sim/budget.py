@@ -39,9 +39,10 @@ _WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 
 _ELEMENTS = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 _DTYPES = {0: "fp32", 1: "bf16", 2: "fp16"}  # csrc/operands.h
-# Of a Config<element, head dim[, laden[, atomics]]>, of an element, or no template.
+# Of a Config<element, head dim[, laden[, atomics]]>, of an element, or no template. The head dim of
+# a recurrence is the hidden units of a block, of one step of it the gates.
 _KERNEL = re.compile(
-    r"\d((?:attention|layernorm_ffn)_\w+?_kernel)"
+    r"\d((?:attention|layernorm_ffn|lstm|gru|rnn|recurrent_step)_\w+?_kernel)"
     r"(?:INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?(?:Lb(\d)E)?|I(f|6__half|13__nv_bfloat16)E)?"
 )
 _NO_PRODUCT = ("prepare", "dsinks", "dq", "end", "sum")
@@ -105,7 +106,8 @@ def variants() -> dict[str, dict[str, Any]]:
 
     cuda = module().cuda
     tables = ("attention_forward", "attention_weights", "attention_backward",
-              "layernorm_ffn_forward", "layernorm_ffn_backward")  # fmt: skip
+              "layernorm_ffn_forward", "layernorm_ffn_backward", "recurrent",
+              "recurrent_step")  # fmt: skip
     found = {}
     for v in (x for table in tables for x in getattr(cuda, f"{table}_variants")()):
         name = _name(v["kernel"], _DTYPES[v["dtype"]], v["head_dim"], v["laden"], v["atomics"])
@@ -186,7 +188,9 @@ def rules(arch: str, name: str, now: Figures) -> list[str]:
         wrong.append(f"{now.spills} spill instructions")
     if now.shared > _SHARED[arch][1]:
         wrong.append(f"shared {now.shared} > the limit {_SHARED[arch][1]}")
-    without = name.split("_kernel")[0].rpartition("_")[2] in _NO_PRODUCT
+    # A step of the recurrence is around a product, of torch's.
+    around = name.startswith("recurrent_step")
+    without = around or name.split("_kernel")[0].rpartition("_")[2] in _NO_PRODUCT
     if now.mma == 0 and not without:
         wrong.append("no tensor-core instruction in a loop")
     usual = re.search(r"(bf16|fp16) d(64|128) ", name) is not None

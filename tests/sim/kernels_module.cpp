@@ -10,6 +10,7 @@
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/cuda/attention.h"
 #include "../../csrc/cuda/layernorm_ffn.h"
+#include "../../csrc/cuda/recurrent.h"
 
 namespace py = pybind11;
 using namespace fastattn;
@@ -190,6 +191,8 @@ void cuda_(py::module_ m) {
         [] { return listed(cuda::layernorm_ffn_forward_variants); });
   m.def("layernorm_ffn_backward_variants",
         [] { return listed(cuda::layernorm_ffn_backward_variants); });
+  m.def("recurrent_variants", [] { return listed(cuda::recurrent_variants); });
+  m.def("recurrent_step_variants", [] { return listed(cuda::recurrent_step_variants); });
   m.def("error_name", [](int error) { return cudaGetErrorName(cudaError_t(error)); });
   m.def("error_text", [](int error) { return cudaGetErrorString(cudaError_t(error)); });
 }

@@ -8,7 +8,7 @@ of its own. The checks:
 |-----------|------------------------------------------------------------------------------|
 | ptx       | `backend="cuda"`: binding, launcher and sm_80 PTX in the simulator, judged   |
 |           | against the fp64 oracle                                                      |
-| tsan/asan | the source, compiled for the host, in the emulator                           |
+| tsan/asan | the source, compiled for the host, in the emulator; plain: without sanitizer |
 | conflicts | ptx, and no shared-memory access takes more wavefronts than it must          |
 | budget    | machine code for an architecture: spills                                     |
 """
@@ -27,12 +27,16 @@ from typing import Any
 import torch
 from ffn_tools import Call, ffn
 from ffn_tools import judge as judge_ffn
+from recurrence_tools import GRU
+from recurrence_tools import Problem as Recurrence
+from recurrence_tools import judge as judge_recurrence
+from recurrence_tools import problem as recurrence
 from rungs.mutants import mutate
 from tools import Problem, featured, judge, packed, padded
 
 import fastattn
 
-from . import build, mutations_ffn
+from . import build, mutations_ffn, mutations_recurrent
 from .mutations import (
     BF16,
     BIAS,
@@ -46,8 +50,9 @@ from .mutations import (
 )
 from .mutations_backward import BACKWARD
 from .mutations_ffn import FFN
+from .mutations_recurrent import RECURRENT
 
-MUTATIONS = (*FORWARD, *BACKWARD, *FFN)
+MUTATIONS = (*FORWARD, *BACKWARD, *FFN, *RECURRENT)
 JOBS, TIMEOUT = 2, 280.0  # seconds for one mutant, its compilation included
 TABLE = Path(__file__).with_name("MUTATIONS.md")
 _CODES = {"__nv_bfloat16": "DType::kBf16", "__half": "DType::kF16", "float": "DType::kF32"}
@@ -145,19 +150,40 @@ FFN_CASES: dict[str, Callable[[torch.dtype], Call]] = {
 }
 
 
+# The recurrence: name, the call's options and the first tier to be considered. `only` names the
+# units of a block, which is the tier: 128 all of them (0), 16 a slice (1); the step tier is 2.
+_RAGGED = {"H": 20, "D": 2, "reverse": 2, "lengths": [4, 1, 0, 3, 2]}
+RECURRENT_CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "rnn_grid": ({"H": 40, "B": 5, "mask": True}, 1),
+    "rnn_gru": ({"H": 20, "B": 5, "T": 3, "cell": GRU}, 1),
+    "rnn_ragged": (_RAGGED, 1),
+    "rnn_tiles": ({"H": 100, "B": 40, "T": 2}, 1),
+    "rnn_block": ({"H": 40, "B": 5, "T": 3}, 0),
+    "rnn_step": ({**_RAGGED, "mask": True}, 2),
+    "rnn_projected": ({**_RAGGED, "P": 7}, 2),
+}
+
+
+def _recurrence(name: str, dtype: torch.dtype) -> tuple[Recurrence, int]:
+    options, tier = RECURRENT_CASES[name]
+    return recurrence(dtype, **options), tier
+
+
 # --------------------------------------------------------------- the checks, run inside a mutant
 
 
 def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) -> None:
     from . import operators
 
-    _use(mutation, sources)
+    _use(mutation, sources, () if case in RECURRENT_CASES else (FWD,))
     with operators.on_cpu() as gpu:
         try:
             if case == "hostile_lengths":
                 _hostile_lengths()
             elif case == "ffn_huge":
                 _ffn_huge()
+            elif case in RECURRENT_CASES:
+                judge_recurrence(*_recurrence(case, _DTYPES[only[0]]))
             elif case in FFN_CASES:
                 judge_ffn(FFN_CASES[case](_DTYPES[only[0]]), "cuda")
             else:
@@ -219,6 +245,9 @@ def _by_emulator(case: str, sources: Path, only: Variant) -> None:
     if name in FFN_CASES:
         _ffn_by_emulator(rung, sources, only)
         return
+    if name in RECURRENT_CASES:
+        _recurrence_by_emulator(rung, name, sources, only)
+        return
     program = Program(
         (sources / FWD, sources / WEIGHTS, HERE / "launchers" / "attention.cpp"),
     )
@@ -237,6 +266,17 @@ def _ffn_by_emulator(rung: str, sources: Path, only: Variant) -> None:
 
     built = program(cuda=sources)
     for one in passes(_DTYPES[only[0]], M=70, D=40, F=75):
+        for schedule in ("forward", "reverse"):
+            one.check(run(built, one.case, rung, schedule=schedule))
+
+
+def _recurrence_by_emulator(rung: str, name: str, sources: Path, only: Variant) -> None:
+    from .emu import run
+    from .emu_recurrent import passes, program
+
+    options, tier = RECURRENT_CASES[name]
+    built = program(cuda=sources)
+    for one in passes(_DTYPES[only[0]], tier=tier, **options):
         for schedule in ("forward", "reverse"):
             one.check(run(built, one.case, rung, schedule=schedule))
 
@@ -296,6 +336,8 @@ def _few(only: Variant) -> dict[str, str]:
     }
     grads = f"FASTATTN_FFN_BWD_VARIANTS(make) make<{element}, {head_dim}, {flag}>({code})"
     made |= dict.fromkeys((mutations_ffn.ROWS, mutations_ffn.WEIGHTS), grads)
+    cells = f"FASTATTN_RECURRENT_VARIANTS(make) make<{element}, {head_dim}>({code})"
+    made |= dict.fromkeys(mutations_recurrent.CELLS, cells)
     return {name: f"#define {text}\n" for name, text in made.items()}
 
 
@@ -324,10 +366,10 @@ def _plant(mutation: Mutation | None, only: Variant) -> Path:
     return folder / "cuda"
 
 
-def _use(mutation: Mutation | None, sources: Path) -> None:
-    """The binding is linked with the mutant's kernels; others are as they are. For this process,
-    which ends with it."""
-    planted = mutation.compiled() if mutation else (FWD,)
+def _use(mutation: Mutation | None, sources: Path, sound: tuple[str, ...] = (FWD,)) -> None:
+    """The binding is linked with the mutant's kernels (of none: with `sound`, of few variants);
+    others are as they are. For this process, which ends with it."""
+    planted = mutation.compiled() if mutation else sound
 
     def objects() -> list[Path]:
         return [

@@ -185,6 +185,7 @@ CAPTURABLE = {
     "__cudaPopCallConfiguration", "__cudaGetKernel", "__cudaLaunchKernel", "cudaLaunchKernel",
     "cudaLaunchCooperativeKernel", "cudaFuncSetAttribute", "cudaGetLastError", "cudaGetErrorName",
     "cudaGetErrorString", "cudaSetDevice", "cudaGetDevice", "cudaDeviceGetAttribute",
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaMemsetAsync",  # a node of the graph
 }  # fmt: skip
 
 

@@ -307,6 +307,17 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
   return cudaSuccess;
 }
 
+// At once: the stand-in's streams wait for nothing. The memory is the binding's to name.
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  if (injected("cudaMemsetAsync", error)) return report(error);
+  if (stream != nullptr && device_of(stream) != t_device)
+    return report(cudaErrorInvalidResourceHandle, "the stream is another device's");
+  if (to == nullptr && bytes > 0) return report(cudaErrorInvalidValue);
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
 cudaError_t cudaSetDevice(int device) {
   cudaError_t error = cudaSuccess;
   if (injected("cudaSetDevice", error)) return report(error);

@@ -76,5 +76,6 @@ inline void red_release_add(unsigned* p, unsigned value, FASTATTN_EMU_SITE_) {
   emu::atomic_update(
       p, [&](unsigned old) { return old + value; }, emu::Order{.release = true}, site);
 }
+inline uint4 ld_cg_16(const void* p) { return *static_cast<const uint4*>(p); }
 inline void fence() { emu::fence(emu::Scope::kDevice); }
 #undef FASTATTN_EMU_SITE_
