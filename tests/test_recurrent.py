@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_tools import CELLS, Call, judge, make
+from recurrent_tools import CELLS, Call, judge, make, weights_for
 from tools import DTYPES, KINDS
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastattn
@@ -374,6 +375,32 @@ def test_function_transforms(cell: str) -> None:
     tangent = torch.randn_like(call.x)
     _, derivative = torch.func.jvp(loss, (call.x,), (tangent,))
     torch.testing.assert_close(derivative, (right * tangent).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_compile_for_any_number_of_steps() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    weights = weights_for("gru", 4, 6)
+    fast = torch.compile(lambda x: fastattn.gru(x, None, weights)[0], fullgraph=True,
+                         dynamic=True, backend=counter)  # fmt: skip
+    counts = []
+    for T in (9, 7, 5):  # none the size of something else, which would be its guard
+        x = torch.randn(T, 2, 4)
+        torch.testing.assert_close(fast(x), fastattn.gru(x, None, weights)[0])
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[2]
+
+
+def test_compile_packed() -> None:
+    torch._dynamo.reset()
+    weights = weights_for("lstm", 4, 6)
+    fast = torch.compile(fastattn.lstm, fullgraph=True, backend="aot_eager")
+    for sort in (True, False):
+        packed = pack_padded_sequence(torch.randn(3, 3, 4), torch.tensor([3, 2, 1] if sort else
+                                      [1, 3, 2]), enforce_sorted=sort)  # fmt: skip
+        got, right = fast(packed, None, weights), fastattn.lstm(packed, None, weights)
+        torch.testing.assert_close(got[0].data, right[0].data)
+        torch.testing.assert_close(got[1], right[1])
 
 
 @pytest.mark.parametrize(("cell", "lengths"), [("lstm", True), ("gru", False)])

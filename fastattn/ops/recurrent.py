@@ -22,6 +22,7 @@ from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import fail, seed_tensor
 from fastattn.ops.layernorm import add_layer_norm
 from fastattn.ops.recurrent_op import layer
+from fastattn.reference.dropout import draw_seed
 from fastattn.reference.recurrent import GATES, LSTM, Weights, cell_step, layer_seed, stack
 
 
@@ -62,14 +63,13 @@ def run(
     Returns:
         y as the caller gave x, h_n, c_n (empty but for the LSTM).
     """
-    lengths, batch_first, bidirectional, p_between, p_h, seed, backend = options
+    batch_first, D = options.batch_first, 2 if options.bidirectional else 1
     packed = type(x) is not Tensor and isinstance(x, PackedSequence)
     data = x.data if packed else x
     dims = check.check_x(op, data, packed, batch_first)
     if torch.is_autocast_enabled(data.device.type):
         data, h, c, weights = _autocast(data, h, c, weights)
         x = PackedSequence(data, *x[1:]) if packed else data
-    D = 2 if bidirectional else 1
     layers = check.check_layers(op, weights, data, D, cell)
     one = dims == 2 and not packed  # one sequence, without a dimension of the batch
     if packed:
@@ -78,32 +78,28 @@ def run(
         B = 1 if one else data.shape[0 if batch_first else 1]
     if h is not None or c is not None:
         _check_states(op, h, c, data, layers, cell, None if one else B)
-    masked = p_between or p_h or seed is not None
-    if masked:
-        check.check_probability(op, "dropout_p", p_between, 1.0)
-        check.check_probability(op, "recurrent_dropout_p", p_h, 0.0)
-        seed = None if seed is None else seed_tensor(op, seed, 1.0, data)
-    if lengths is not None:
+    if options.dropout_p or options.recurrent_dropout_p or options.seed is not None:
+        options = _check_masks(op, options, data)
+    if options.lengths is not None:
         if packed or one:
             got = "a PackedSequence" if packed else f"one sequence of shape {tuple(data.shape)}"
             fail(op, f"lengths belong to a padded batch, x is {got}")
-        lengths = check.check_lengths(op, lengths, data.shape[1 if batch_first else 0], B)
-    chosen = select(op, backend, data.device.type, data.dtype)
+        T = data.shape[1 if batch_first else 0]
+        options = options._replace(lengths=check.check_lengths(op, options.lengths, T, B))
+    chosen = select(op, options.backend, data.device.type, data.dtype)
     if chosen == "reference" or transformed():
-        entries = [entry for entries in layers for entry in entries]
-        return stack(
-            x, h, c, entries, cell, lengths=lengths, batch_first=batch_first,
-            bidirectional=bidirectional, dropout_p=p_between, recurrent_dropout_p=p_h, seed=seed,
-        )  # fmt: skip
+        named = options._asdict()
+        del named["backend"]
+        return stack(x, h, c, [entry for entries in layers for entry in entries], cell, **named)
     if packed:
         rows = layout.of_packed(x, B)
     elif one:
         rows = layout.Rows(data, data.shape[0], 1)
     else:
-        rows = layout.of_padded(data, lengths, batch_first)
-    masks = Masks(p_between, p_h, seed, rows) if masked else None
+        rows = layout.of_padded(data, options.lengths, batch_first)
+    masks = Masks(options, rows) if options.dropout_p or options.recurrent_dropout_p else None
     h, c = _initial(rows, layers, h, c, cell, D, one)
-    with as_named(backend, chosen):
+    with as_named(options.backend, chosen):
         y, h_n, c_n = _layers(rows, layers, h, c, cell, D, masks, chosen)
     if rows.inverse is not None:
         h_n = h_n.index_select(1, rows.inverse)
@@ -111,6 +107,15 @@ def run(
     if one:
         return y, h_n.squeeze(1), c_n.squeeze(1) if cell == LSTM else c_n
     return layout.to_caller(y, rows, x, packed, batch_first), h_n, c_n
+
+
+def _check_masks(op: str, options: Options, x: Tensor) -> Options:
+    """The dropouts checked, the seed a tensor."""
+    check.check_probability(op, "dropout_p", options.dropout_p, 1.0)
+    check.check_probability(op, "recurrent_dropout_p", options.recurrent_dropout_p, 0.0)
+    if options.seed is None:
+        return options
+    return options._replace(seed=seed_tensor(op, options.seed, 1.0, x))
 
 
 def _initial(
@@ -178,13 +183,12 @@ class Masks:
     the same state of torch's generator the masks are those of torch's modules.
     """
 
-    def __init__(
-        self, p_between: float, p_h: float, seed: int | Tensor | None, rows: layout.Rows
-    ) -> None:
-        self._p_between, self._p_h, self._rows = p_between, p_h, rows
-        self._seed = self._h_seed = seed
-        if p_h and seed is None:
-            self._h_seed = seed_tensor("recurrent", None, p_h, rows.x)
+    def __init__(self, options: Options, rows: layout.Rows) -> None:
+        self._p_between, self._p_h = options.dropout_p, options.recurrent_dropout_p
+        self._rows = rows
+        self._seed = self._h_seed = options.seed
+        if self._p_h and self._seed is None:
+            self._h_seed = draw_seed(rows.x.device)
 
     def of_h(self, index: int, entries: tuple[Weights, ...]) -> Tensor | None:
         """(D, B, P) of a layer, None where nothing drops."""

@@ -35,7 +35,8 @@ _WEIGHTS = (
     "Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, Tensor? w_hr_reverse"
 )
 _TENSORS = f"Tensor x, {_WEIGHTS}, Tensor h0, Tensor? c0"
-_STEPS = "Tensor? h_mask, Tensor? offsets, Tensor? lengths, int T, int cell, int reverse"
+_MASKS = "Tensor? h_mask, Tensor? offsets, Tensor? lengths"
+_STEPS = f"{_MASKS}, SymInt T, int cell, int reverse"
 _SAVED = "Tensor y, Tensor gates, Tensor cells"
 _NAMES = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "w_ih_reverse", "w_hh_reverse",
           "b_ih_reverse", "b_hh_reverse", "w_hr_reverse", "h0", "c0")  # fmt: skip
@@ -58,7 +59,8 @@ for _suffix in _SUFFIXES.values():
 # What the CPU's layer runs between its GEMMs; not for callers. gx is overwritten by LSTM's gates.
 _PAIRS = "Tensor? w_hh, Tensor? w_hh_reverse, "
 _BIASES = "Tensor? b_ih, Tensor? b_ih_reverse, Tensor? b_hh, Tensor? b_hh_reverse, "
-_REST = f"Tensor? w_hr, Tensor? w_hr_reverse, Tensor h0, Tensor? c0, {_STEPS}"
+_NUMBERS = "int T, int cell, int reverse"
+_REST = f"Tensor? w_hr, Tensor? w_hr_reverse, Tensor h0, Tensor? c0, {_MASKS}, {_NUMBERS}"
 lib.define("recurrence_cpu_empty(Tensor like, int D, int N, int columns) -> Tensor")
 lib.define(
     f"recurrence_cpu_fwd(Tensor(a!) gx, Tensor? gh, {_PAIRS}{_BIASES}{_REST}, bool save) -> "
