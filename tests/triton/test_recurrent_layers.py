@@ -1,5 +1,5 @@
-"""Whole layers on backend="triton", through the public functions: GEMMs, biases and gradients of weights
-around the recurrence, in Triton's interpreter; and the first-use check of a layer."""
+"""Whole layers on backend="triton", through the public functions: GEMMs, biases and gradients of
+weights around the recurrence, in Triton's interpreter; and the first-use check of a layer."""
 
 from typing import Any
 
