@@ -59,7 +59,9 @@ inline RecurrentPlan plan_recurrence(const RecurrentParams& p, int64_t units, in
   constexpr int64_t kWake = 256 << 10;    // products that take as long as waking a thread
   constexpr int64_t kBarrier = 24 << 10;  // ... as a barrier and what it makes cold
   constexpr int64_t kCache = 1280 << 10;  // bytes of L2 for weights that a thread reads every step
-  const bool worth = parallel.threads > 1 && p.steps.N * weights * p.D > kWake;
+  constexpr int64_t kCell = 16;           // products that take as long as one unit's cell
+  const int64_t each = p.gh ? kCell * p.H : weights;
+  const bool worth = parallel.threads > 1 && p.steps.N * each * p.D > kWake;
   const int threads = worth ? std::max(1, parallel.threads / p.D) : 1;
   RecurrentPlan plan{p.D, 1, 1};
   if (threads == 1) return plan;

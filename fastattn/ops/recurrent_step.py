@@ -23,8 +23,8 @@ def run(
     c0: Tensor | None, cell: int, *, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """y, h_n, c_n, gates, cells of the op's forward. x (B, I); h0 and c0 (1, B, H)."""
-    gx = torch.mm(x, w_ih.t())[None]
-    gh = torch.mm(h0[0], w_hh.t())[None]
+    gx = torch.mm(x, w_ih.t()).unsqueeze(0)
+    gh = torch.mm(h0.squeeze(0), w_hh.t()).unsqueeze(0)
     y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
         gx, gh, w_hh, None, b_ih, None, b_hh, None, None, None, h0, c0, *_NOTHING, 1, cell, 0, save
     )
@@ -41,20 +41,21 @@ def gradients(
     dgx, dghn, dh0, dc0, _ = torch.ops.fastattn.recurrence_cpu_bwd(
         *upstream, *saved, rows, w_hh, *(None,) * 3, h0, c0, *_NOTHING, 1, cell, 0
     )
-    d = hidden = dgx[0]
+    h = h0.squeeze(0)
+    d = hidden = dgx.squeeze(0)
     if cell == GRU:
-        hidden = torch.cat((d[:, : 2 * h0.shape[2]], dghn[0]), 1)
+        hidden = torch.cat((d[:, : 2 * h0.shape[2]], dghn.squeeze(0)), 1)
     sums = d.sum(0) if needs[3] or (needs[4] and cell != GRU) else None
     db_hh = None
     if needs[4] and b_hh is not None:
         db_hh = hidden.sum(0) if cell == GRU else sums if not needs[3] else sums.clone()  # type: ignore[union-attr]
     return (
-        d @ w_ih if needs[0] else None,
-        d.t() @ x if needs[1] else None,
-        hidden.t() @ h0[0] if needs[2] else None,
+        torch.mm(d, w_ih) if needs[0] else None,
+        torch.mm(d.t(), x) if needs[1] else None,
+        torch.mm(hidden.t(), h) if needs[2] else None,
         sums if needs[3] and b_ih is not None else None,
         db_hh,
-        torch.addmm(dh0[0], hidden, w_hh)[None] if needs[5] else None,
+        torch.addmm(dh0.squeeze(0), hidden, w_hh).unsqueeze(0) if needs[5] else None,
         dc0 if needs[6] and c0 is not None else None,
     )
 
