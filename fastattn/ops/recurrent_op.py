@@ -109,7 +109,6 @@ class _Layer(NamedTuple):
 
 # A backend's recurrence: (layer, gx, steps, save) -> y, h_n, c_n, gates, cells, and
 # (dy, dh_n, dc_n, y, gates, cells, layer, steps) -> dgx, dghn, dh0, dc0, dh.
-Forward = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[..., tuple[Tensor, ...]]
 
 
