@@ -262,8 +262,15 @@ def test_repeatable_costs_at_most_1_45_of_the_atomics(
     assert executed(gpu, problem, True) <= 1.45 * executed(gpu, problem, False)
 
 
-@pytest.mark.parametrize("d", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [
+        *((d, BF16) for d in (32, 64, 96, 128, 256)),
+        *((d, torch.float32) for d in (32, 64, 96, 128)),
+        pytest.param(256, torch.float32, marks=pytest.mark.full),  # minutes
+    ],
+    ids=str,
+)
 def test_no_bank_conflicts_and_vectors(dtype: torch.dtype, d: int, gpu: Device) -> None:
     """Every ldmatrix and word read of a tile; at least 95 % of the sectors of q, k, v, o and the
     gradients move 16 bytes a lane."""
