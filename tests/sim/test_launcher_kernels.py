@@ -107,7 +107,7 @@ def test_every_variant_fits_the_smallest_architecture() -> None:
         for v in variants:
             assert v["shared"] <= 99 << 10, v
             assert v["threads"] % 32 == 0
-    registered = kernels.device().registered()
+    registered = [name for name in kernels.device().registered() if "attention" in name]
     assert len(registered) == sum(map(len, tables))
 
 
