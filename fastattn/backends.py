@@ -357,6 +357,12 @@ def whole_block(rows: int, features: int, features_out: int, dtype: torch.dtype)
     return widest <= most and rows <= (_BLOCK_ROWS if widest <= 128 else _BLOCK_ROWS_WIDE)
 
 
+def of_part(op: str, backend: str) -> str:
+    """The backend of one op inside a module of several: the module's, or "auto" where that one has
+    no kernel of the op at all (norms in CUDA C++)."""
+    return "auto" if op not in _GPU_OPS.get(backend, (op,)) else backend
+
+
 def can_serve(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether ``backend`` could run the op on such tensors here; its first-use check aside."""
     return _why_not(op, backend, device, dtype, head_dim) is None

@@ -27,7 +27,7 @@ from fastattn.nn._plain import (
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.multihead_attention import MultiheadAttention
 from fastattn.ops.encoder_layer import Weights, encoder_layer, serves
-from fastattn.ops.layernorm import add_layer_norm
+from fastattn.ops.layernorm import add_layer_norm, norm_backend
 from fastattn.ops.layernorm_ffn import layernorm_ffn
 
 
@@ -56,14 +56,14 @@ class _Layer(torch.nn.Module):
             packed = pack(x, "src")
             return unpack(self._add(packed.values, pack(o, "src").values, dropout, norm), packed)
         fused = plain(dropout, torch.nn.Dropout) and _one_dtype(o, x)
-        p = drop_probability(dropout)
+        p, backend = drop_probability(dropout), norm_backend(self.backend)
         if self.norm_first:
             if fused and p:
-                return add_layer_norm(o, x, norm=None, dropout_p=p, backend=self.backend)[1]
+                return add_layer_norm(o, x, norm=None, dropout_p=p, backend=backend)[1]
             return x + dropout(o)  # type: ignore[no-any-return]
         if fused and norm_is_plain(norm):
             return add_layer_norm(
-                o, x, norm.weight, norm.bias, eps=norm.eps, dropout_p=p, backend=self.backend
+                o, x, norm.weight, norm.bias, eps=norm.eps, dropout_p=p, backend=backend
             )[0]
         return norm(x + dropout(o))  # type: ignore[no-any-return]
 
@@ -111,7 +111,8 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
             norm_first, bias, device, dtype: as in torch. The feed-forward block is one op for
             relu, gelu (erf or tanh) and silu, by name, function or module; another callable runs
             as it is.
-        backend: keyword only; of all ops of the layer. Default "auto".
+        backend: keyword only; of all ops of the layer; its norms take "auto" where that one has no
+            kernel of them ("cuda"). Default "auto".
 
     Difference from torch: a row whose keys are all masked gets attention output 0, not NaN.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends import select
+from fastattn.backends import of_part, select
 from fastattn.ops import layernorm_checks as check
 from fastattn.ops import layernorm_op as op
 from fastattn.ops import layernorm_triton  # noqa: F401  registers implementations
@@ -127,6 +127,11 @@ def _check(
         check.check_parameter(name, "bias", bias, x, shape, "normalized_shape")
     check.check_number(name, "eps", eps)
     return shape
+
+
+def norm_backend(backend: str) -> str:
+    """The backend of add_layer_norm as a part of a module: see fastattn.backends.of_part."""
+    return of_part("add_layer_norm", backend)
 
 
 def add_layer_norm(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.nn._plain import activation_name, drop_probability
-from fastattn.ops.layernorm import add_layer_norm, rms_norm
+from fastattn.ops.layernorm import add_layer_norm, norm_backend, rms_norm
 from fastattn.ops.layernorm_ffn import layernorm_ffn
 from fastattn.swap._block import Block, parts_of
 from fastattn.swap._inference import bert_layer_in_inference, distilbert_layer_in_inference
@@ -32,7 +32,7 @@ class PostNormOutput(Block):
         norm = modules["LayerNorm"]
         return add_layer_norm(
             modules["dense"](hidden_states), input_tensor, norm.weight, norm.bias, eps=norm.eps,
-            dropout_p=drop_probability(modules["dropout"]), backend=self.backend,
+            dropout_p=drop_probability(modules["dropout"]), backend=norm_backend(self.backend),
         )[0]  # fmt: skip
 
 
@@ -119,7 +119,12 @@ class DistilBertBlock(Block):
         o, _ = modules["attention"](hidden_states, attention_mask=attention_mask, **kwargs)
         norm, last = modules["sa_layer_norm"], modules["output_layer_norm"]
         x, _ = add_layer_norm(
-            o, hidden_states, norm.weight, norm.bias, eps=norm.eps, backend=self.backend
+            o,
+            hidden_states,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            backend=norm_backend(self.backend),
         )
         name = activation_name(ffn.activation)
         assert name is not None

@@ -372,15 +372,19 @@ def test_module(gpu: Device) -> None:
 
 
 def test_swap(gpu: Device) -> None:
-    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(16, 2, batch_first=True)})
+    """A whole encoder layer; residual and norm, which CUDA C++ has no kernel of, take "auto"."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     x = torch.randn(2, 7, 16)
-    want, _ = model["attention"](x, x, x)
-    fastattn.swap(model, backend="cuda")
-    out, _ = model["attention"](x, x, x, need_weights=False)
+    want = layer(x)
+    fastattn.swap(layer, backend="cuda")
+    out = layer(x)
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
     out.sum().backward()
-    assert launched(gpu) == FORWARD_AND_BACKWARD
-    assert model["attention"].in_proj_weight.grad is not None
+    found = [re.findall(r"(attention_[a-z_]+|ffn_[a-z_]+)_kernel", x.kernel) for x in gpu.launches]
+    names = [x[-1] for x in found if x]
+    assert [n for n in names if n.startswith("attention")] == FORWARD_AND_BACKWARD
+    assert any(n.startswith("ffn") for n in names)
+    assert layer.self_attn.in_proj_weight.grad is not None
 
 
 def test_nothing_warns(gpu: Device) -> None:
