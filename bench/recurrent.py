@@ -1,19 +1,17 @@
-"""Rows of LSTM, GRU and LSTMCell on the CPU.
+"""Rows of LSTM, GRU, RNN and their cells.
 
-    python -m bench.recurrent --case NAME
-    python -m bench.recurrent --memory
+    python -m bench.recurrent
 
-The baseline is torch's own module on the same weights (``--compile``: under torch.compile too,
-which breaks its graph there and calls the same kernels). The bare matrix products take turns with
-both in the same rounds, into warm memory: the inputs' of all steps at once, the hidden ones step by
-step, as the recurrence forces them; "share" is their time over the fused call's. Nothing but the
-ratio passes a row. Rows of the forward alone have no verdict where torch takes less than 200 us.
+prints what autograd keeps for the backward, beyond the arguments; `python -m bench --only
+recurrent` measures the rows. The baseline is torch's own module on the same weights; torch.compile
+breaks its graph there and calls the same kernels. The bare matrix products: the inputs' of all
+steps at once, the hidden ones step by step, as the recurrence forces them. Nothing but the ratio
+passes a row. Rows of the forward alone have no verdict where torch takes less than 200 us.
 
 GEMMs of T steps, B sequences, I inputs, H hidden, G gates: 2 T B G H (I + H) FLOPs, the backward
-twice that. ``--memory``: what autograd keeps for the backward, beyond the arguments.
+twice that.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,17 +21,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastattn
-from bench.contest import Case, Compiler, Contest, parser, run, step
-from bench.harness import DTYPES, Thunk
+from bench.harness import DTYPES, Case, Contest, Setting, Thunk, compiled, step
 
-GATES = {"LSTM": 4, "GRU": 3}
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 FORWARD_RATIO, FORWARD_LEAST = 0.97, 200e-6
 
 
-def _modules(name: str, dtype: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def _modules(
+    name: str, dtype: str, *args: Any, backend: str = "auto", **kwargs: Any
+) -> tuple[Any, Any]:
     """Torch's module, and ours on the very same parameters."""
     stock = getattr(nn, name)(*args, **kwargs).to(DTYPES[dtype])
-    fused = getattr(fastattn.nn, name)(*args, **kwargs).to(DTYPES[dtype])
+    fused = getattr(fastattn.nn, name)(*args, **kwargs, backend=backend).to(DTYPES[dtype])
     for key in list(fused._parameters):
         setattr(fused, key, stock._parameters[key])
     return stock, fused
@@ -64,10 +63,13 @@ def products(
 
 
 def layer(
-    compiler: Compiler, name: str, T: int, B: int, H: int, dtype: str, train: bool, layers: int = 1,
+    setting: Setting, name: str, T: int, B: int, H: int, dtype: str, train: bool, layers: int = 1,
     directions: int = 1,
 ) -> Contest:  # fmt: skip
-    stock, fused = _modules(name, dtype, H, H, num_layers=layers, bidirectional=directions == 2)
+    stock, fused = _modules(
+        name, dtype, H, H, num_layers=layers, bidirectional=directions == 2,
+        backend=setting.backend,
+    )  # fmt: skip
     x = torch.randn(T, B, H).to(DTYPES[dtype])
     leaves = [x, *stock.parameters()]
     for leaf in leaves:
@@ -75,7 +77,7 @@ def layer(
     do = [torch.randn(T, B, H * directions).to(x.dtype)]
 
     def of(module: Any) -> Any:
-        return None if module is None else step(lambda x, *_: module(x)[0], leaves, do, train)
+        return step(lambda x, *_: module(x)[0], leaves, do, train)
 
     G = GATES[name]
     # Beyond the first layer the inputs are those of both directions: times counts the first's.
@@ -88,12 +90,19 @@ def layer(
             first()
             more()
 
-    return Contest(of(stock), of(fused), gemm, of(compiler(stock)))
+    flops = 2.0 * T * B * G * H * directions * (H + H)
+    flops += (layers - 1) * 2.0 * T * B * G * H * directions * (H * directions + H)
+    others = {"torch.compile": of(compiled(stock))} if setting.peers else {}
+    moved = sum(p.numel() for p in leaves) + do[0].numel()
+    return Contest(
+        of(stock), of(fused), others, gemm, flops=(3 if train else 1) * flops,
+        bytes=float((2 if train else 1) * moved * x.element_size()),
+    )  # fmt: skip
 
 
-def ragged(compiler: Compiler, name: str, T: int, B: int, H: int, dtype: str) -> Contest:
+def ragged(setting: Setting, name: str, T: int, B: int, H: int, dtype: str) -> Contest:
     """Lengths uniform in 1 ... T: pack, run, pad again, against ``lengths``."""
-    stock, fused = _modules(name, dtype, H, H)
+    stock, fused = _modules(name, dtype, H, H, backend=setting.backend)
     lengths = torch.randint(1, T + 1, (B,))
     lengths[0] = T
     x = torch.randn(T, B, H).to(DTYPES[dtype])
@@ -109,27 +118,29 @@ def ragged(compiler: Compiler, name: str, T: int, B: int, H: int, dtype: str) ->
     def padded(x: Tensor, *_: Tensor) -> Tensor:
         return fused(x, None, lengths)[0]  # type: ignore[no-any-return]
 
-    return Contest(
-        step(packed, leaves, do, True), step(padded, leaves, do, True),
-        compiled=step(compiler(packed), leaves, do, True),
-    )  # fmt: skip
+    return Contest(step(packed, leaves, do, True), step(padded, leaves, do, True))
 
 
-def cell(compiler: Compiler, B: int, H: int, dtype: str, train: bool) -> Contest:
-    stock, fused = _modules("LSTMCell", dtype, H, H)
+def cell(setting: Setting, name: str, B: int, H: int, dtype: str, train: bool) -> Contest:
+    stock, fused = _modules(f"{name}Cell", dtype, H, H, backend=setting.backend)
     x, h, c, dh, dc = (torch.randn(B, H).to(DTYPES[dtype]) for _ in range(5))
-    leaves = [x, h, c, *stock.parameters()]
+    lstm = name == "LSTM"
+    leaves = [x, h, *((c,) if lstm else ()), *stock.parameters()]
     for leaf in leaves:
         leaf.requires_grad_(train)
 
     def of(module: Any) -> Any:
-        if module is None:
-            return None
-        return step(lambda x, h, c, *_: module(x, (h, c)), leaves, [dh, dc], train)
+        if lstm:
+            return step(lambda x, h, c, *_: module(x, (h, c)), leaves, [dh, dc], train)
+        return step(lambda x, h, *_: module(x, h), leaves, [dh], train)
 
+    G = GATES[name]
+    others = {"torch.compile": of(compiled(stock))} if setting.peers else {}
     return Contest(
-        of(stock), of(fused), products(4, 1, B, H, H, x.dtype, train), of(compiler(stock))
-    )
+        of(stock), of(fused), others, products(G, 1, B, H, H, x.dtype, train),
+        flops=(3 if train else 1) * 2.0 * B * G * H * 2 * H,
+        bytes=float((2 if train else 1) * sum(p.numel() for p in leaves) * x.element_size()),
+    )  # fmt: skip
 
 
 # name, dtype, T, B, H, layers, directions, target of fwd + bwd
@@ -160,20 +171,26 @@ def _cases() -> dict[str, Case]:
             name, T, B, H, dtype, L, D = shape
             return lambda c: layer(c, name, T, B, H, dtype, train, L, D)
 
-        cases.append(Case(short, f"{what}, fwd+bwd", make(True), target, None))
-        cases.append(
-            Case(f"{short}_fwd", f"{what}, fwd", make(False), FORWARD_RATIO, None, FORWARD_LEAST)
-        )
+        cases.append(Case(short, f"{what}, fwd+bwd", dtype, make(True), target))
+        cases.append(Case(f"{short}_fwd", f"{what}, fwd", dtype, make(False), FORWARD_RATIO,
+                          least=FORWARD_LEAST))  # fmt: skip
     for name in ("LSTM", "GRU"):
         cases.append(Case(
             f"{name.lower()}_fp32_lengths",
             f"{name} T=128 B=32 H=512 fp32, lengths 1 ... T against pack, run, pad, fwd+bwd",
-            lambda c, n=name: ragged(c, n, 128, 32, 512, "fp32"), 2.0, None,
+            "fp32", partial(ragged, name=name, T=128, B=32, H=512, dtype="fp32"), 2.0,
         ))  # fmt: skip
-    cases.append(Case("cell_fp32", "LSTMCell B=8 H=256 fp32, fwd+bwd",
-                      lambda c: cell(c, 8, 256, "fp32", True), 1.5, None))  # fmt: skip
-    cases.append(Case("cell_fp32_fwd", "LSTMCell B=8 H=256 fp32, fwd", lambda c: cell(
-        c, 8, 256, "fp32", False), FORWARD_RATIO, None, FORWARD_LEAST))  # fmt: skip
+    what = "LSTMCell B=8 H=256 fp32"
+    cell_of = partial(cell, B=8, H=256, dtype="fp32")
+    cases.append(Case("cell_fp32", f"{what}, fwd+bwd", "fp32",
+                      partial(cell_of, name="LSTM", train=True), 1.5))  # fmt: skip
+    cases.append(Case("cell_fp32_fwd", f"{what}, fwd", "fp32", partial(
+        cell_of, name="LSTM", train=False), FORWARD_RATIO, least=FORWARD_LEAST))  # fmt: skip
+    cases.append(Case("gru_cell_fp32", "GRUCell B=8 H=256 fp32, fwd+bwd", "fp32",
+                      partial(cell_of, name="GRU", train=True), tag="beside"))  # fmt: skip
+    cases.append(Case("rnn_fp32", "RNN T=128 B=32 H=512 fp32, fwd+bwd", "fp32", partial(
+        layer, name="RNN", T=128, B=32, H=512, dtype="fp32", train=True), tag="beside",
+    ))  # fmt: skip
     return {case.name: case for case in cases}
 
 
@@ -210,15 +227,5 @@ def memory() -> None:
         print(f"{short:26} " + " ".join(f"{n / 2**20:7.2f} MiB" for n in figures), flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    commands: argparse.ArgumentParser = parser(__doc__)
-    commands.add_argument("--memory", action="store_true", help="bytes kept for the backward")
-    args = commands.parse_args(argv)
-    if args.memory:
-        memory()
-    else:
-        run(CASES, args)
-
-
 if __name__ == "__main__":
-    main()
+    memory()

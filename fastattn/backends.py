@@ -1,7 +1,9 @@
 """Which backends exist here, why not the rest, and which one an op takes.
 
 The whole policy is the table ``_AUTO`` below: the backends that ``auto`` tries in order. An
-explicit backend that cannot serve a call raises; ``auto`` takes the next one that can.
+explicit backend that cannot serve a call raises; ``auto`` takes the next one that can. What
+``fastattn.tune`` measured on a machine (``choices.py``) goes before the table, and may be torch's
+own ops (``backend="torch"``, ``ops/stock.py``), which the table never takes.
 
 | device          | order           | why                                                          |
 |-----------------|-----------------|--------------------------------------------------------------|
@@ -25,9 +27,9 @@ whole block in one kernel to pay (:func:`ffn_block_pays`), and never otherwise.
 ``lstm``, ``gru`` and ``rnn`` take CUDA C++ before Triton on every NVIDIA GPU: its recurrent weights
 stay on chip for the whole call, and steps meet at a barrier (about 1.5 us, others' measurement on
 an H100) where Triton launches a kernel a step (about 3 us), or has one SM for a slice of the batch.
-``auto`` tries a backend only for the ops that it has kernels of: norms and bias_act have Triton's
-alone, whatever the row says. They are bound by memory, and a pass in any language moves the same
-bytes.
+``auto`` tries a backend only for the ops that it has kernels of: norms, bias_act and
+attention_with_kv_cache have Triton's alone, whatever the row says. They are bound by memory, and a
+pass in any language moves the same bytes.
 
 GPU kernels check themselves at first use (fastattn.first_use); none was timed on hardware yet, so
 the order is arithmetic. fp64 and head_dim above 256 go to plain PyTorch, with one warning, as does
@@ -74,12 +76,12 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256  # Triton's and CUDA C++'s kernels
 # What the GPU backends have kernels of, up to now; any number of features and hidden features, but
 # CUDA C++'s layernorm_ffn.
-_ATTENTION = ("attention", "attention_varlen")
+_ATTENTION = ("attention", "attention_varlen", "attention_with_kv_cache")
 _ROW_OPS = ("layer_norm", "rms_norm", "add_layer_norm", "bias_act", "layernorm_ffn")
 _RECURRENT = ("lstm", "gru", "rnn")
 _GPU_OPS: dict[str, tuple[str, ...]] = {
     "triton": (*_ATTENTION, *_ROW_OPS, *_RECURRENT),
-    "cuda": (*_ATTENTION, "layernorm_ffn", *_RECURRENT),
+    "cuda": ("attention", "attention_varlen", "layernorm_ffn", *_RECURRENT),
 }
 _FFN_MAX_WIDTH = 256  # columns of x and y that the CUDA C++ kernel of layernorm_ffn serves
 
@@ -357,10 +359,13 @@ def whole_block(rows: int, features: int, features_out: int, dtype: torch.dtype)
     return widest <= most and rows <= (_BLOCK_ROWS if widest <= 128 else _BLOCK_ROWS_WIDE)
 
 
-def of_part(op: str, backend: str) -> str:
-    """The backend of one op inside a module of several: the module's, or "auto" where that one has
-    no kernel of the op at all (norms in CUDA C++)."""
-    return "auto" if op not in _GPU_OPS.get(backend, (op,)) else backend
+def of_part(op: str, backend: str, width: int = 0) -> str:
+    """The backend of one op inside a model or module of several: the module's, or "auto" where that
+    one has no kernel of the op (norms in CUDA C++, nor layernorm_ffn of so many columns)."""
+    if not isinstance(backend, str):  # for select to refuse
+        return backend
+    wide = op == "layernorm_ffn" and backend == "cuda" and width > _FFN_MAX_WIDTH
+    return "auto" if wide or op not in _GPU_OPS.get(backend, (op,)) else backend
 
 
 def can_serve(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int) -> bool:
@@ -374,6 +379,8 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int
     Raises:
         ValueError: an unknown backend, or an explicit one that cannot serve the call.
     """
+    if not isinstance(backend, str):
+        raise TypeError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
     # A compiled graph must not depend on what eager calls leave here: it would be compiled again.
     compiling = torch.compiler.is_compiling()
     chosen = None if compiling else _chosen.get((op, backend, device, dtype))

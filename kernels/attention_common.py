@@ -276,6 +276,19 @@ def dropout_keep(
 
 
 @triton.jit
+def join_sink(raw, top, l, unit, c):  # noqa: E741
+    """A row's maximum (fp64, in units) and sum with the sink's logit ``raw`` in it, and what its
+    values are to be multiplied by."""
+    # What the sum stands on: the row's maximum, or a sink above it. Never their difference: beside
+    # a row of finfo.min it would drown both.
+    sink = raw.to(tl.float64) / unit
+    lift = tl.maximum(sink - top, 0.0) * c
+    factor = tl.exp2((-lift).to(tl.float32))
+    l = l * factor + tl.exp2(((sink - top) * c - lift).to(tl.float32))  # noqa: E741
+    return tl.maximum(top, sink), l, factor
+
+
+@triton.jit
 def lse_in_units(lse, unit):
     """lse as a tile's logits are measured; in fp64, for forward and backward must round alike."""
     return (lse.to(tl.float64) / unit).to(tl.float32)

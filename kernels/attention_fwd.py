@@ -19,6 +19,7 @@ from fastattn.kernels.attention_common import (
     diagonal,
     dropout_keep,
     first_row_of,
+    join_sink,
     key_range,
     load_rows,
     locate,
@@ -119,14 +120,8 @@ def forward_kernel(
     factor = tl.full((BLOCK_M,), 1.0, tl.float32)
     top = tl.where(none, 0.0, m).to(tl.float64)
     if sinks_ptr is not None:
-        # What the sum stands on, in units: the row's maximum, or a sink above it. Never their
-        # difference: beside a row of finfo.min it would drown both.
         raw = tl.load(sinks_ptr + h).to(tl.float32)
-        sink = raw.to(tl.float64) / unit
-        lift = tl.maximum(sink - top, 0.0) * c
-        factor = tl.exp2((-lift).to(tl.float32))
-        l = l * factor + tl.exp2(((sink - top) * c - lift).to(tl.float32))  # noqa: E741
-        top = tl.maximum(top, sink)
+        top, l, factor = join_sink(raw, top, l, unit, c)  # noqa: E741
         lse = tl.where(rows < q_len, raw, lse)
     l = tl.where(none, 1.0, l)  # noqa: E741
     log2_l = tl.log2(l).to(tl.float64)

@@ -74,6 +74,24 @@ _FP32_SPECIAL = {
     ("gfx9", "fwd"): {128: (16, 32, 8, 1)},
     ("gfx9", "keys"): {64: (16, 32, 8, 1), 128: (16, 16, 8, 1)},
 }
+# Attention over a cache, for up to 16 packed rows and for more: the first tier is bound by memory,
+# so its tiles are long and its products half empty; FlashDecoding's have 64 rows for that.
+_CACHE = {
+    "few": {32: (16, 128, 4, 3), 64: (16, 128, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
+    "many": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+}
+_CACHE_SPECIAL = {
+    # Two programs an SM: a tile in flight each, where a second does not fit.
+    ("sm86", "few"): {64: (16, 128, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)},
+    ("sm120", "few"): {64: (16, 128, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)},
+    ("gfx9", "few"): dict.fromkeys((32, 64, 128, 256), (16, 32, 4, 1)),
+    ("gfx9", "many"): dict.fromkeys((32, 64, 128, 256), (32, 32, 4, 1)),
+}
+_CACHE_FP32 = {
+    "few": {32: (16, 64, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "many": {32: (32, 32, 4, 2), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+}
+_CACHE_FP32_SPECIAL: dict[tuple[str, str], dict[int, tuple[int, int, int, int]]] = {}
 # Triton's interpreter: small tiles, not square, so that a short sequence has several of them.
 _CPU = {
     "fwd": (32, 16, 1, 1),
@@ -115,6 +133,36 @@ def config(
         return plain
     small = Config(*_LADEN_SPECIAL.get((family, work), {}).get(size, _LADEN[work][size]))
     return small if small.BLOCK_M * small.BLOCK_N <= plain.BLOCK_M * plain.BLOCK_N else plain
+
+
+@lru_cache
+def cache_config(
+    family: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, rows: int
+) -> Config:  # fmt: skip
+    """The tile of attention over a cache; rows: of q for a kv head, those of its group packed."""
+    size = max(32, bucket(head_dim, head_dim_v))
+    work = "few" if rows <= 16 else "many"
+    if family == "cpu":
+        return Config(16 if work == "few" else 32, 16, 1, 1)
+    table, special = _CACHE, _CACHE_SPECIAL
+    if dtype == torch.float32:
+        table, special = _CACHE_FP32, _CACHE_FP32_SPECIAL
+    return Config(*special.get((family, work), {}).get(size, table[work][size]))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 8 for the interpreter, so that a short sequence is split."""
+    if device.type != "cuda":
+        return 8
+    return _multiprocessors(
+        device.index if device.index is not None else torch.cuda.current_device()
+    )
+
+
+@lru_cache
+def _multiprocessors(index: int) -> int:
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
 
 
 def family_of(device: torch.device) -> str:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -10,6 +12,9 @@ import pytest
 # torch.compile keeps compiled graphs on disk, keyed by graph and torch but not by what our fake
 # kernels return: a graph compiled with an older fake would be served to the test of a newer one.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # read when torch is imported
+
+# What `fastattn tune` stored for this user is none of a test's business.
+os.environ["FASTATTN_TUNE_CACHE"] = os.devnull  # no folder: nothing to read
 
 import torch
 
@@ -56,11 +61,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: minutes; only with --full (make verify-full)")
+    config.addinivalue_line(
+        "markers",
+        "sampled(n): of a test's parameters every n-th, without --full (make verify-full)",
+    )
+
+
+def _left_out(item: pytest.Item, index: int) -> bool:
+    """Whether only --full runs the item, which is number `index` of its function's."""
+    if item.get_closest_marker("full") is not None:
+        return True
+    sampled = item.get_closest_marker("sampled")
+    if sampled is None or index == 0:
+        return False
+    # Not the same of every function: lists of cases are shared.
+    return (index + zlib.crc32(_function(item).encode())) % sampled.args[0] != 0
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--full", default=False):
         return
-    full = [item for item in items if item.get_closest_marker("full")]
-    config.hook.pytest_deselected(items=full)
-    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    seen: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        name = _function(item)
+        (left_out if _left_out(item, seen[name]) else kept).append(item)
+        seen[name] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 from mutant import nested
 
-_INTS = ("M", "N", "F", "norm", "act", "seed", "threads")
+_INTS = ("M", "N", "F", "norm", "act", "seed", "threads", "half")
 _DOUBLES = ("eps", "dropout_p", "smoothing")
 _POINTERS = (
     "x", "residual", "bias", "weight", "shift", "y", "s", "mean", "rstd", "dy", "dsum", "ds", "dx",

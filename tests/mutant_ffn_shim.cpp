@@ -1,8 +1,15 @@
 // The kernels of layernorm_ffn and embedding, of the instruction set ISA, as a library of their
 // own, for test_mutations_ffn.py: one C entry point, compiled against a copy of csrc/cpu with a bug
-// planted. fp32, contiguous.
+// planted. Contiguous; fp32, but that all of layernorm_ffn runs in bf16 where `half` says so.
 #include SOURCE
 #include "isa.h"
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <cstring>
 #undef FASTATTN_DISPATCH
 #define FASTATTN_DISPATCH(call) return ISA::call
 
@@ -21,7 +28,7 @@ using namespace fastattn;
 
 // Everything is 8 bytes wide. Null = absent. mutant_ffn.py holds the same list.
 struct MutantFfn {
-  int64_t M, N, F, norm, act, seed, threads;
+  int64_t M, N, F, norm, act, seed, threads, half;
   double eps, dropout_p, smoothing;
   float *x, *residual, *bias, *weight, *shift, *y, *s, *mean, *rstd;        // norm pass
   float *dy, *dsum, *ds, *dx, *dweight, *dshift, *dbias;                    // and its backward
@@ -35,6 +42,50 @@ struct MutantFfn {
 
 Rows rows(float* p, int64_t n) { return {p, DType::kF32, n}; }
 Vec vec(float* p) { return {p, DType::kF32}; }
+
+// A float array as bf16 while this lives: an argument's values are cut to it (they fit), a result's
+// are put back as floats.
+class Half {
+ public:
+  Half(float* wide, int64_t rows, int64_t columns, bool result)
+      : wide_(wide), n_(columns), result_(result), half_(wide ? rows * columns : 0) {
+    for (size_t i = 0; !result && i < half_.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, wide + i, 4);
+      half_[i] = uint16_t(bits >> 16);
+    }
+  }
+  ~Half() {
+    for (size_t i = 0; result_ && i < half_.size(); ++i) {
+      const uint32_t bits = uint32_t(half_[i]) << 16;
+      std::memcpy(wide_ + i, &bits, 4);
+    }
+  }
+  operator Rows() { return {wide_ ? half_.data() : nullptr, DType::kBf16, n_}; }
+
+ private:
+  float* wide_;
+  int64_t n_;
+  bool result_;
+  std::vector<uint16_t> half_;
+};
+
+// The kernel may use AMX only in a process that asked for it.
+void ask_for_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+#endif
+}
+
+void ffn_in_bf16(FfnParams f, const MutantFfn& c, const Parallel& parallel) {
+  ask_for_tiles();
+  Half x(c.x, c.M, c.N, false), w1(c.w1, c.F, c.N, false), w_gate(c.w_gate, c.F, c.N, false);
+  Half w2(c.w2, c.N, c.F, false), y(c.ffn_y, c.M, c.N, true), u(c.ffn_u, c.M, c.F, true);
+  Half a(c.ffn_a, c.M, c.F, true);
+  f.before.x = f.after.residual = x, f.after.y = y;
+  f.w1 = w1, f.w_gate = w_gate, f.w2 = w2, f.u = u, f.a = a;
+  ISA::ffn_forward(f, parallel);
+}
 
 }  // namespace
 
@@ -82,7 +133,10 @@ extern "C" __attribute__((visibility("default"))) int mutant_ffn_run(const Mutan
   f.after.residual = n.x, f.after.y = rows(c.ffn_y, c.N);
   f.w1 = rows(c.w1, c.N), f.w_gate = rows(c.w_gate, c.N), f.w2 = rows(c.w2, c.F);
   f.b1 = a.bias, f.b_gate = a.gate_bias, f.u = rows(c.ffn_u, c.F), f.a = rows(c.ffn_a, c.F);
-  ISA::ffn_forward(f, parallel);
+  if (c.half)
+    ffn_in_bf16(f, c, parallel);
+  else
+    ISA::ffn_forward(f, parallel);
 
   CrossEntropyParams e;
   e.M = c.M, e.V = c.F, e.logits = rows(c.dlogits, c.F), e.bias = vec(c.b1), e.target = c.target;

@@ -6,7 +6,7 @@ from mutations import Mutation
 ROWS, NORM, ACT = "rows.h", "layernorm_rows.h", "bias_act.h"
 ACTIVATION, FEW, PHILOX = "activation.h", "ffn_few_rows.h", "philox.h"
 LOSS, WORDS, TABLES = "cross_entropy_rows.h", "embedding_rows.h", "embedding.cpp"
-PANELS, BLOCKS = "ffn_panels.h", "ffn_blocks.h"
+PANELS, BLOCKS, TILES, AMX = "ffn_panels.h", "ffn_blocks.h", "ffn_tiles.h", "amx.h"
 TOKENS, FEW_TOKENS = "few_tokens_rows.h", "ffn_few_tokens.h"
 
 MUTATIONS = (
@@ -131,4 +131,25 @@ WIDE_MUTATIONS = (
              "load(part + t)"),
     Mutation("token_drops_as_the_first", FEW_TOKENS, "p.dropout.first_row + b * T + m",
              "p.dropout.first_row + m"),
+)  # fmt: skip
+
+# Of the products on AMX tiles, bf16.
+TILE_MUTATIONS = (
+    Mutation("tile_depth_restarts", TILES, "s0 += part, accumulate = true)", "s0 += part)"),
+    Mutation("tile_depth_beyond_the_end", TILES, "std::min(part, steps - s0)", "part"),
+    Mutation("tile_part_of_w_is_the_first", TILES, "k0 * 2 + s0 * 64", "k0 * 2"),
+    Mutation("tile_part_of_x_is_the_first", TILES, "(m / 16 * steps + s0)", "(m / 16 * steps)"),
+    Mutation("tile_chunk_of_w_is_the_first", TILES, "+ k0 * 2 + s0", "+ s0"),
+    Mutation("tile_of_other_columns", TILES, "c + i * M + m, M", "c + i * M + (m & ~63), M"),
+    Mutation("tile_serves_any_width", TILES,
+             "p.D % 32 == 0 && p.F % 32 == 0 && p.Dout % 32 == 0", "p.F % 32 == 0"),
+    Mutation("tile_serves_any_hidden_width", TILES, "p.F % 32 == 0 && ", ""),
+    Mutation("hidden_pairs_swapped", TILES,
+             "pairs(__m256i(_mm512_cvtneps_pbh(a[j])), __m256i(_mm512_cvtneps_pbh(a[j + 1])))",
+             "pairs(__m256i(_mm512_cvtneps_pbh(a[j + 1])), __m256i(_mm512_cvtneps_pbh(a[j])))"),
+    Mutation("hidden_in_other_tile", TILES, "(m / 16 * (n / 32) + f / 32)", "(m / 16 + f / 32)"),
+    Mutation("hidden_row_of_tile", TILES, "f % 32 / 2 * 32", "f % 16 / 2 * 32"),
+    Mutation("stored_halves_swapped", TILES, "_mm512_cvtne2ps_pbh(b, a)",
+             "_mm512_cvtne2ps_pbh(a, b)"),
+    Mutation("rows_beyond_packed", AMX, "t[x] = r + x < rows ? ", "t[x] = r + x + 1 < rows ? "),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastattn.nn import multihead_attention as mha_module
 from fastattn.nn import transformer as layers_module
+from fastattn.swap import _generation as generation_module
 from fastattn.swap import _inference as inference_module
 from fastattn.swap import _transformers as hf_module
 
@@ -34,8 +35,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def spy(module: Any, op: str) -> None:
         original = getattr(module, op)
 
-        def wrapper(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-            record.append({"op": op, "q": q, "k": k, "v": v, **kwargs})
+        def wrapper(q: Tensor, k: Tensor, v: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+            record.append({**kwargs, "op": op, "q": q, "k": k, "v": v})
             return original(q, k, v, *args, **kwargs)
 
         monkeypatch.setattr(module, op, wrapper)
@@ -59,6 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     spy(mha_module, "attention")
     spy(mha_module, "attention_varlen")
     spy(hf_module, "attention")
+    spy(generation_module, "attention_with_kv_cache")
     return record
 
 

@@ -18,13 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module of the package -> the parts of the package that it may import.
 ALLOWED = {
     "fastattn._debug": (),
+    "fastattn._program": (),
     "fastattn.measure": (),
     "fastattn.first_use": (),
     "fastattn.reference": ("fastattn.reference",),
     "fastattn.backends": ("fastattn._C", "fastattn._C_cuda", "fastattn.kernels.launch"),
     "fastattn.kernels": ("fastattn.kernels",),
+    "fastattn.choices": ("fastattn.backends",),
     "fastattn.ops": (
         "fastattn.ops",
+        "fastattn.choices",
         "fastattn.kernels",
         "fastattn.backends",
         "fastattn.first_use",
@@ -33,9 +36,10 @@ ALLOWED = {
     ),
     "fastattn.nn": ("fastattn.nn", "fastattn.ops"),
     "fastattn.swap": ("fastattn.swap", "fastattn.nn", "fastattn.ops"),
+    "fastattn.tune": ("fastattn.ops", "fastattn.choices", "fastattn.backends", "fastattn.measure"),
 }
 # bench measures the public functions; it borrows the demo's stopwatch.
-# bench.minilm times the model that the demo loads.
+# bench.models times the model that the demo loads.
 BENCH = (
     "fastattn",
     "fastattn.backends",
@@ -54,7 +58,17 @@ SHIPPED_LAYERS = {
         "kernels/attention.py",
         "fastattn/ops/attention.py",
         "tests/test_attention.py",
-        "bench/test_attention.py",
+        "bench/attention.py",
+    ),
+    "attention_kv_cache": (
+        "csrc/cpu/attention_kv_cache.cpp",
+        "csrc/bindings/attention_kv_cache.cpp",
+        "kernels/attention_kv_cache.py",
+        "fastattn/ops/attention_kv_cache.py",
+        "fastattn/nn/kv_cache.py",
+        "fastattn/reference/attention_kv_cache.py",
+        "tests/test_attention_kv_cache.py",
+        "bench/kv_cache.py",
     ),
     "embedding": (
         "csrc/cpu/embedding.cpp",
@@ -63,6 +77,7 @@ SHIPPED_LAYERS = {
         "fastattn/nn/embedding.py",
         "fastattn/reference/embedding.py",
         "tests/test_embedding.py",
+        "bench/embedding.py",
     ),
     "gru": (
         "csrc/cpu/gru.h",

@@ -372,7 +372,7 @@ def test_undocumented_rates_give_no_figure() -> None:
     assert found.share(B200) is None
     assert found.occupancy.blocks == 32
     tf32 = function(".L_a:", *["HMMA.1688.F32.TF32 R4, R8, R10, R4"] * 4, "@P0 BRA `(.L_a)", "EXIT")
-    assert predict.predict(kernel(tf32), H100, problem).missing == ["mma_tf32"]
+    assert predict.predict(kernel(tf32), B200, problem).missing == ["mma_tf32"]
     row = report.prediction(replace(k, head_dim=64), "sm_100", causal=False)
     assert "n/a: mma" in report.kernel_table([row])[1][0]
     row = report.prediction(replace(k, head_dim=64, shared=2**18), "sm_80", causal=False)

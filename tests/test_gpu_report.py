@@ -39,8 +39,9 @@ def test_report_lists_failures_and_what_has_not_run(tmp_path: Path) -> None:
 
 def test_bench_table() -> None:
     row = {
-        "what": "fwd", "rate": 2e12, "roof": "gemm", "share": 0.5, "speedup": {"median": 1.25},
-        "stock_s": {"median": 1e-3}, "fused_s": {"median": 8e-4},
+        "what": "fwd", "flops": 1.6e9, "bytes": 1e6, "roof": "gemm", "share": 0.5,
+        "over": {"stock": {"median": 1.25}},
+        "seconds": {"stock": {"median": 1e-3}, "fused": {"median": 8e-4}},
     }  # fmt: skip
     text = gpu_report.markdown({"environment": {}, "bench": {"exit_status": 0, "rows": [row]}})
     assert "| fwd | 1.000 | 0.800 | 1.25 | 2.0 | 50% of gemm |" in text

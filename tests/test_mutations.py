@@ -230,6 +230,7 @@ def build(
     """The library of the kernels in `source`, which the shim includes, and in files compiled
     `beside` it, with the mutation where there is one, and with what every library has `edits`."""
     home = folder / "cpu"  # in a folder of its own: mutants are built at the same time
+    shutil.rmtree(home, ignore_errors=True)  # of the sample, before all
     home.mkdir(parents=True)
     own = ("scratch.cpp", "embedding.cpp")
     for file in (*CPU.glob("*.h"), *(CPU / name for name in (source, *beside, *own))):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mutations import Mutation, sample
-from mutations_ffn import MUTATIONS, WIDE_MUTATIONS
+from mutations_ffn import MUTATIONS, TILE_MUTATIONS, WIDE_MUTATIONS
 from test_mutations import CPU, HERE, JOBS, build, mutate
 from tools import assert_within, one_thread
 from torch import Tensor
@@ -46,6 +46,15 @@ WIDE_CASES = {
     "tokens": {"M": 55, "N": 37, "F": 70, "norm": "layer", "act": "gelu", "gated": True,
                "dropout_p": 0.3},
 }  # fmt: skip
+# For those of AMX, layernorm_ffn alone in bf16: several row tiles, chunks and parts of a sum, the
+# last of them narrow; widths that are no multiple of a tile's.
+TILE_CASES = {
+    "tiles": {"M": 41, "N": 416, "F": 352, "norm": "layer", "act": "gelu", "half": True},
+    "tiles_gated": {"M": 300, "N": 64, "F": 288, "norm": "rms", "act": "silu", "gated": True,
+                    "dropout_p": 0.2, "half": True},
+    "odd_width": {"M": 35, "N": 40, "F": 64, "norm": "layer", "act": "relu", "half": True},
+    "odd_hidden": {"M": 35, "N": 64, "F": 72, "norm": "layer", "act": "relu", "half": True},
+}  # fmt: skip
 
 
 class Case:
@@ -68,15 +77,23 @@ class Case:
             if k in shapes:
                 self.tensors[k] *= shapes[k][1] ** -0.5
         self.target = torch.randint(f, (m,))
+        self.half = spec.get("half", False)
+        if self.half:
+            for k in {"x", "w1", "w2", "w_gate"} & set(shapes):
+                self.tensors[k] = self.tensors[k].bfloat16().float()
         with one_thread():
             self.right = self.results(torch.float64)
-            self.plain = [self.results(torch.float32), self.results(torch.float32, turned=True)]
+            if self.half:
+                self.plain = [self.results(torch.bfloat16)]
+                self.right = {k: x for k, x in self.right.items() if k.startswith("ffn_")}
+            else:
+                self.plain = [self.results(torch.float32), self.results(torch.float32, turned=True)]
             if "scale" in spec:  # plain PyTorch overflows
                 self.plain = [{k: x.float() for k, x in self.right.items()}]
         numbers = {
             "M": m, "N": n, "F": f, "norm": NORMS[spec["norm"]], "act": ACTIVATIONS[spec["act"]],
             "seed": 2**40 + 7, "threads": 3, "eps": self.spec["eps"],
-            "dropout_p": self.spec["dropout_p"], "smoothing": 0.125,
+            "dropout_p": self.spec["dropout_p"], "smoothing": 0.125, "half": int(self.half),
         }  # fmt: skip
         self.arrays = {k: x.numpy() for k, x in self.tensors.items()}
         self.arrays["target"] = self.target.numpy()
@@ -187,10 +204,15 @@ class Lab:
         return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
 
 
-KINDS = {"portable": (MUTATIONS, CASES), "avx512": (WIDE_MUTATIONS, WIDE_CASES)}
+KINDS = {
+    "portable": (MUTATIONS, CASES),
+    "avx512": (WIDE_MUTATIONS, WIDE_CASES),
+    "amx": (TILE_MUTATIONS, TILE_CASES),
+}
+EVERY = [m for mutations, _ in KINDS.values() for m in mutations]
 
 
-# A machine without AVX-512 never runs the kernels of the second kind.
+# A machine without AVX-512 or AMX never runs the kernels of the other kinds.
 @pytest.fixture(scope="module", params=[isa for isa in KINDS if isa in cpu_isas()])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     torch.manual_seed(0)
@@ -198,15 +220,14 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Lab(tmp_path_factory.mktemp(f"ffn_mutants_{isa}"), isa, KINDS[isa][1])
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS + WIDE_MUTATIONS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutation", EVERY, ids=lambda m: m.name)
 def test_mutation_has_its_place(mutation: Mutation) -> None:
     text = (CPU / mutation.file).read_text()
     assert mutate(text, mutation) != text
 
 
 def test_results_have_their_arguments() -> None:
-    every = MUTATIONS + WIDE_MUTATIONS
-    assert len({m.name for m in every}) == len(every)
+    assert len({m.name for m in EVERY}) == len(EVERY)
     assert set(mutant_ffn.RESULTS) >= {"y", "dx", "a", "du", "ffn_y", "emb_y"}
 
 

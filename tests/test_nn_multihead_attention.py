@@ -135,12 +135,14 @@ def judge(stock: nn.Module, fused: nn.Module, inputs: dict[str, Tensor], **kwarg
 
 
 def test_signature_is_torchs() -> None:
-    """Names, order, kinds and defaults; the one addition is keyword-only."""
+    """Names, order, kinds and defaults; the additions are keyword-only."""
 
     def parameters(fn: Any) -> list[tuple[str, Any, Any]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(fn).parameters.values()]
 
-    assert parameters(MultiheadAttention.forward) == parameters(nn.MultiheadAttention.forward)
+    *same, cache = parameters(MultiheadAttention.forward)
+    assert same == parameters(nn.MultiheadAttention.forward)
+    assert cache == ("kv_cache", inspect.Parameter.KEYWORD_ONLY, None)
     *same, backend = parameters(MultiheadAttention.__init__)
     assert same == parameters(nn.MultiheadAttention.__init__)
     assert backend == ("backend", inspect.Parameter.KEYWORD_ONLY, "auto")

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.model import archs, kernels, predict, published, report
+from bench.model import archs, kernels, predict, published, recurrent, recurrent_report, report
 from bench.model.torch_flash import NoTorchKernelsError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,8 @@ def main(
     if to is not None:
         to.write_text(json.dumps({"kernels": rows, "validation": points}, indent=1) + "\n")
     if write:
-        report.write(Path(__file__).with_name("REPORT.md"), rows, points)
+        steps = recurrent_report.section(recurrent.load(BUILT[0]), report.markdown)
+        report.write(Path(__file__).with_name("REPORT.md"), rows, points, steps)
         console.print("wrote bench/model/REPORT.md")
 
 

@@ -13,7 +13,8 @@ Sources, by the letter in the table:
   [H] NVIDIA H100 Tensor Core GPU Architecture: SXM5, 989.4 TFLOP/s, twice A100 a cycle and SM.
   [B] NVIDIA RTX Blackwell GPU Architecture: RTX 5090, 209.5 TFLOP/s with fp32 sums.
   [M] not NVIDIA's: measured in "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture"
-      (arXiv 2402.13499): mma.sync reaches 62.9 % of H100's peak on average, wgmma all of it.
+      (arXiv 2402.13499): mma.sync reaches 62.9 % of H100's peak on average, wgmma all of it. The
+      peak of tf32 is half of 16 bits' [H].
 
 A rate that none of these states is None, and what needs it has no prediction: mma.sync on sm_100 is
 documented nowhere, and the shape of a tcgen05 product is not in its opcode.
@@ -86,7 +87,9 @@ ARCHS = {
         ),
         Arch(
             "sm_90", "H100 80GB SXM5", 132, 989.4e12, 4096, 3.35e12,  # [H]
-            _rates(mma=0.629 * 4096, tf32=None, fp32=128, half2=128, fp64=64, wgmma=4096),  # [M]
+            _rates(
+                mma=0.629 * 4096, tf32=0.629 * 2048, fp32=128, half2=128, fp64=64, wgmma=4096,
+            ),  # [M] [H]
             warps=64, blocks=32, shared=228 * _KB, shared_block=227 * _KB,  # [S]
         ),
         Arch(

@@ -231,23 +231,23 @@ def _kernel_cells(row: Row) -> list[str]:
     ]
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
     head, body = table
     align = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, align, *body)) + "\n"
 
 
-def write(path: Path, kernels: list[Row], points: list[Row] | str) -> None:
-    """points: the validation's rows, or why there are none."""
+def write(path: Path, kernels: list[Row], points: list[Row] | str, more: str = "") -> None:
+    """points: the validation's rows, or why there are none; more: sections that follow."""
     if isinstance(points, str):
         off = "not checked here, so nobody knows how far"
         validated = f"\n## Validation: not run\n\n{points}\n"
     else:
         off = ", ".join(f"{r['error']:+.0%}" for r in points if r["arch"] == "sm_120")
-        tables = [_markdown(summary_table(points)), _markdown(validation_table(points))]
+        tables = [markdown(summary_table(points)), markdown(validation_table(points))]
         validated = _VALIDATION + "\n" + "\n".join(tables)
     parts = [HEAD.replace("{sm_120}", off), validated, _KERNELS]
     for name, arch in archs.ARCHS.items():
         if rows := [row for row in kernels if row["arch"] == name]:
-            parts.append(f"\n### {name}: {arch.product}\n\n{_markdown(kernel_table(rows))}")
-    path.write_text("".join(parts))
+            parts.append(f"\n### {name}: {arch.product}\n\n{markdown(kernel_table(rows))}")
+    path.write_text("".join([*parts, more]))

@@ -142,11 +142,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_bwd(
          seed, {offset, scale, norm, eps, dropout_p});
   STD_TORCH_CHECK(shape_of(dy) == c.shape(), "fastattn::", kOp,
                   ": dy must have the output's shape, got ", text(dy));
-  const bool layer = c.p.norm == Norm::kLayer, normed = c.p.norm != Norm::kNone;
-  STD_TORCH_CHECK((!normed || rstd.numel() == c.p.M) && (!layer || mean.numel() == c.p.M),
-                  "fastattn::", kOp, ": mean and rstd must be the forward's");
   EmbeddingGrads g;
-  g.mean = floats(mean), g.rstd = floats(rstd);
+  if (c.p.norm == Norm::kLayer) g.mean = statistics(kOp, mean, c.p.M, "mean");
+  if (c.p.norm != Norm::kNone) g.rstd = statistics(kOp, rstd, c.p.M, "rstd");
   const auto gradient = [&](const Opt& table, int64_t bit, int i, int64_t skip) {
     if (!table || !(need & bit)) return nothing();
     const DType dtype = c.p.table[i].rows.dtype;

@@ -95,9 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(Opt dy, Opt ds, Te
   }
   g.norm = norm_of(norm);
   if (g.norm != Norm::kNone) {
-    STD_TORCH_CHECK(rstd.numel() == g.M && (g.norm == Norm::kRms || mean.numel() == g.M),
-                    "fastattn::", kNorm, ": mean and rstd must be the forward's");
-    g.mean = floats(mean), g.rstd = floats(rstd);
+    g.rstd = statistics(kNorm, rstd, g.M, "rstd");
+    if (g.norm == Norm::kLayer) g.mean = statistics(kNorm, mean, g.M, "mean");
   }
   g.weight = vec(kNorm, weight, columns, "weight");
   vec(kNorm, bias, columns, "bias");  // its gradient has its shape

@@ -492,6 +492,8 @@ layernorm_ffn_bwd(Tensor dy, Tensor x, Tensor w1, Opt b1, Tensor w2, Opt b2, Opt
                     "fastattn::", kOp, ": ", name, " must be the forward's");
   };
   check(u, c.M * c.F, c.dtype, "u"), check(g, c.M * c.F, c.dtype, "g");
+  STD_TORCH_CHECK(g.numel() == (c.w_gate ? u.numel() : 0), "fastattn::", kOp,
+                  ": g must be the forward's, with w_gate as long as u");
   check(a, c.M * c.F, c.dtype, "a"), check(s, c.M * c.Dout, c.x_dtype, "s");
   check(mean, c.M, DType::kF32, "mean"), check(rstd, c.M, DType::kF32, "rstd");
   STD_TORCH_CHECK((c.norm == Norm::kNone || rstd.numel() == c.M) &&

@@ -128,6 +128,15 @@ inline Vec vec(const char* op, Opt& x, int64_t N, const char* name) {
   return {x->const_data_ptr(), row_dtype(op, *x, name)};
 }
 
+// Statistics that a forward returned, M in fp32: a direct call of a backward may hand over
+// anything.
+inline float* statistics(const char* op, const Tensor& x, int64_t M, const char* name) {
+  STD_TORCH_CHECK(x.numel() == M && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
+                  "fastattn::", op, ": ", name, " must be the forward's, ", M,
+                  " elements of float32, got shape ", text(x));
+  return floats(x);
+}
+
 inline DropoutSite dropout_site(const char* op, double p, const Opt& seed, uint32_t site) {
   STD_TORCH_CHECK(p >= 0. && p < 1., "fastattn::", op, ": dropout must be in [0, 1), got ", p);
   if (p == 0.) return {};

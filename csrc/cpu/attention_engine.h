@@ -14,7 +14,8 @@ class FmaEngine {
   static constexpr int kBM = 48, kBN = 192;  // 36 KB of S: L2, one panel of it in L1
   static constexpr int kNarrowBM = 24;       // under a window: fewer keys that only some rows see
   static constexpr int kAlign = kPanel;      // granularity of packed keys
-  static constexpr int kPad = 2 * W;         // granularity of a tile's first key and width
+  static constexpr int kPad = 2 * W;         // granularity of a tile's width
+  static constexpr int kStart = kPad;        // and of its first key
   static constexpr int kExpDegree = 6;
 
   explicit FmaEngine(const AttentionParams& params)
@@ -28,20 +29,26 @@ class FmaEngine {
   void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi, bool direct) {
     direct_ = direct && p.k.d == 1;
     if (s.b == b_ && hk == hk_ && lo >= lo_ && hi <= hi_) return;
-    b_ = s.b, hk_ = hk, lo_ = lo, hi_ = hi;
+    b_ = s.b, hk_ = hk;
+    pack(row_at(p.k, p.dtype, s.b, hk, s.k_start + lo), p.k.s, p.k.d,
+         row_at(p.v, p.dtype, s.b, hk, s.k_start + lo), p.v.s, p.v.d, lo, hi);
+  }
+
+  // Keys [lo, hi), whose first rows are k and v; rows and elements lie strides apart.
+  void pack(const char* k, int64_t k_s, int64_t k_d, const char* v, int64_t v_s, int64_t v_d,
+            int64_t lo, int64_t hi) {
+    lo_ = lo, hi_ = hi, k_ = k, v_ = v;
     const int64_t n = round_up(hi - lo, kAlign);
-    k_ = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
     if (!direct_)
-      pack_transposed<kPanel>(p.dtype, k_, p.k.s, p.k.d, hi - lo, D,
+      pack_transposed<kPanel>(p.dtype, k, k_s, k_d, hi - lo, D,
                               kt_.reserve(transposed_size<kPanel>(n, D)));
-    const char* v = v_ = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
-    v_direct_ = direct_ && p.v.d == 1 && Dv % W == 0;
+    v_direct_ = direct_ && v_d == 1 && Dv % W == 0;
     if (v_direct_) return;
-    if (p.dtype == DType::kF32 && p.v.d == 1 && Dv % W == 0) {
-      v_rows_ = reinterpret_cast<const float*>(v), v_stride_ = p.v.s;
+    if (p.dtype == DType::kF32 && v_d == 1 && Dv % W == 0) {
+      v_rows_ = reinterpret_cast<const float*>(v), v_stride_ = v_s;
       return;
     }
-    pack_rows(p.dtype, v, p.v.s, p.v.d, hi - lo, Dv, Dvp, v_buf_.reserve(n * Dvp));
+    pack_rows(p.dtype, v, v_s, v_d, hi - lo, Dv, Dvp, v_buf_.reserve(n * Dvp));
     v_rows_ = v_buf_.data(), v_stride_ = Dvp;
   }
 
@@ -212,7 +219,7 @@ class AmxEngine {
   // Measured on S = 512 and 2048, D = 64: 64 x 128 +3 %, 64 x 64 +15 %, 32 x 64 +20 % time;
   // prefetching the next tiles of K and V during the softmax changed nothing.
   static constexpr int kBM = 32, kBN = 256, kNarrowBM = 32;
-  static constexpr int kAlign = 32, kPad = 32;
+  static constexpr int kAlign = 32, kPad = 32, kStart = 32;
   static constexpr int kExpDegree = 4;
 
   explicit AmxEngine(const AttentionParams& params)
@@ -226,11 +233,17 @@ class AmxEngine {
 
   void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi, bool) {
     if (s.b == b_ && hk == hk_ && lo >= lo_ && hi <= hi_) return;
-    b_ = s.b, hk_ = hk, lo_ = lo, hi_ = hi;
+    b_ = s.b, hk_ = hk;
+    pack(row_at(p.k, p.dtype, s.b, hk, s.k_start + lo), p.k.s, p.k.d,
+         row_at(p.v, p.dtype, s.b, hk, s.k_start + lo), p.v.s, p.v.d, lo, hi);
+  }
+
+  void pack(const char* k, int64_t k_s, int64_t k_d, const char* v, int64_t v_s, int64_t v_d,
+            int64_t lo, int64_t hi) {
+    lo_ = lo, hi_ = hi;
     const int64_t n = hi - lo, rows = round_up(n, kAlign);
-    pack_tiles_transposed(bf16_row(p.k, s.b, hk, s.k_start + lo), p.k.s, p.k.d, n, D,
-                          k_.reserve(rows * Dp));
-    pack_tiles(bf16_row(p.v, s.b, hk, s.k_start + lo), p.v.s, p.v.d, n, Dv, v_.reserve(rows * Dvp));
+    pack_tiles_transposed(reinterpret_cast<const bf16*>(k), k_s, k_d, n, D, k_.reserve(rows * Dp));
+    pack_tiles(reinterpret_cast<const bf16*>(v), v_s, v_d, n, Dv, v_.reserve(rows * Dvp));
   }
 
   void load_queries(const RowBlock& rb, const Sequence& s) {

@@ -70,15 +70,22 @@ class ForwardWorker {
     const Sequence s = prob_.sequence(item.b);
     const int n = int(item.last - item.first);
     prob_.fill(rows_, s, item.hk, item.first, n);
+    add_up(partials, partial_size(p_), item.splits);
+    finish(s);
+  }
+
+ protected:
+  // The state of rows_ from those of parts of their keys, `size` floats apart.
+  void add_up(const float* partials, int64_t size, int64_t splits) {
     reset();
-    const int64_t size = partial_size(p_), width = engine_.Dvp;
+    const int64_t width = engine_.Dvp;
     const float c = prob_.multiplier();
-    for (int r = 0; r < n; ++r) {
+    for (int r = 0; r < rows_.n; ++r) {
       float m = kNegInf, l = 0.f;
-      for (int64_t i = 0; i < item.splits; ++i) m = std::max(m, partials[i * size + 2 * r]);
+      for (int64_t i = 0; i < splits; ++i) m = std::max(m, partials[i * size + 2 * r]);
       float* acc = acc_.data() + r * width;
       std::fill_n(acc, width, 0.f);
-      for (int64_t i = 0; i < item.splits && m > kNegInf; ++i) {
+      for (int64_t i = 0; i < splits && m > kNegInf; ++i) {
         const float* part = partials + i * size;
         const float a = std::exp2((part[2 * r] - m) * c);
         if (a == 0.f) continue;
@@ -89,10 +96,8 @@ class ForwardWorker {
       state_.m[r] = m;
       state_.l[r] = vf{l};
     }
-    finish(s);
   }
 
- private:
   void reset() {
     std::fill_n(state_.m, kMaxRows, kNegInf);
     for (int r = 0; r < rows_.n; ++r) state_.l[r] = vf{};
@@ -100,15 +105,22 @@ class ForwardWorker {
 
   void block(const Sequence& s, const Interval& range) {
     reset();
-    const int64_t lo = std::max(range.lo, rows_.lo / E::kPad * E::kPad);
+    if (!advance(s, range, false)) std::fill_n(acc_.data(), rows_.n * engine_.Dvp, 0.f);
+  }
+
+  // The keys of a range join the state of rows_. started: whether acc holds anything, before and
+  // after.
+  bool advance(const Sequence& s, const Interval& range, bool started) {
+    const int64_t inside = std::max<int64_t>(0, rows_.lo - range.lo);
+    const int64_t lo = range.lo + inside / E::kStart * E::kStart;
     const int64_t hi = std::min(range.hi, rows_.hi);
+    bool loaded = false;
     float *S = s_.data(), *acc = acc_.data();
-    bool started = false;
     for (int64_t j0 = lo; j0 < hi; j0 += E::kBN) {
       const int64_t n = std::min<int64_t>(E::kBN, hi - j0);
       const auto tile = prob_.mask_tile(rows_, s, j0, n);
       if (tile == Problem::Tile::kSkip) continue;
-      if (!started) {
+      if (!loaded) {
         engine_.load_queries(rows_, s);
         for (int r = 0; r < rows_.n; ++r)
           prefetch_to_write(row_at(p_.o, p_.dtype, s.b, rows_.h[r], s.q_start + rows_.i[r]));
@@ -122,9 +134,9 @@ class ForwardWorker {
           prob_.logits(rows_, r, s, j0, n_padded, tile, S + r * E::kBN, nullptr);
       softmax(s, j0, n_padded, started);
       engine_.apply(started, rows_, j0, n, n_padded, S, acc);
-      started = true;
+      started = loaded = true;
     }
-    if (!started) std::fill_n(acc, rows_.n * engine_.Dvp, 0.f);
+    return started;
   }
 
   FASTATTN_NOINLINE void softmax(const Sequence& s, int64_t j0, int64_t n, bool started) {

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include "layernorm_ffn.h"
 #include "recurrent.h"
+#include "recurrent_step.h"
 #include "team.h"
 #include "target_begin.h"
 

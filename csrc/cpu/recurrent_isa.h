@@ -74,3 +74,5 @@ void recurrent_backward(const RecurrentParams& p, const RecurrentGrads& g,
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn
+
+#include "recurrent_step_rows.h"

@@ -2,6 +2,7 @@
 #define FASTATTN_LEVEL 0
 #include "layernorm_ffn.h"
 #include "recurrent.h"
+#include "recurrent_step.h"
 #include "team.h"
 #include "target_begin.h"
 

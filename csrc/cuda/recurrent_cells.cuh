@@ -23,6 +23,7 @@ struct CellGrad {
 
 // Hochreiter and Schmidhuber, 1997, with forget gate.
 struct LstmCell {
+  static constexpr const char *kForward = "lstm_fwd_kernel", *kBackward = "lstm_bwd_kernel";
   static constexpr int kGates = 4, kSaved = 4;
   static constexpr bool kHasC = true, kReadsH = false, kReadsY = false;
 
@@ -49,6 +50,7 @@ struct LstmCell {
 
 // Cho, 2014, in cuDNN's form: r multiplies W_hn h + b_hn.
 struct GruCell {
+  static constexpr const char *kForward = "gru_fwd_kernel", *kBackward = "gru_bwd_kernel";
   static constexpr int kGates = 3, kSaved = 4;
   static constexpr bool kHasC = false, kReadsH = true, kReadsY = false;
 
@@ -70,6 +72,7 @@ struct GruCell {
 };
 
 struct RnnCell {
+  static constexpr const char *kForward = "rnn_fwd_kernel", *kBackward = "rnn_bwd_kernel";
   static constexpr int kGates = 1, kSaved = 0;
   static constexpr bool kHasC = false, kReadsH = false, kReadsY = true;
 

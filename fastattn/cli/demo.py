@@ -23,9 +23,9 @@ from torch import nn
 import fastattn
 from fastattn import measure
 from fastattn.cli import demo_report
+from fastattn.cli._mistakes import Mistake
 from fastattn.cli.demo_model import (
     Batch,
-    DemoError,
     Text,
     contrastive_loss,
     embed,
@@ -34,8 +34,6 @@ from fastattn.cli.demo_model import (
 )
 from fastattn.cli.doctor import examine_cpu, make_console
 from fastattn.swap import swap
-
-__all__ = ["DemoError", "run"]
 
 # Least cosine between a sentence's embeddings, stock and fused, below which the demo fails.
 MIN_COSINE = {"fp32": 0.999999, "bf16": 0.999}
@@ -81,7 +79,7 @@ class Models:
         fused = copy.deepcopy(self.stock32)
         self.report = swap(fused)
         if not self.report.replaced:
-            raise DemoError(f"the swap replaced nothing:\n{self.report}")
+            raise Mistake(f"the swap replaced nothing:\n{self.report}")
         self.pairs: dict[str, tuple[nn.Module, nn.Module]] = {"fp32": (self.stock32, fused)}
         self.pairs["bf16"] = tuple(  # type: ignore[assignment]
             copy.deepcopy(m).to(torch.bfloat16) for m in self.pairs["fp32"]

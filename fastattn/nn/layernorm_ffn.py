@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fastattn.nn.layer_norm import LayerNorm, RMSNorm
-from fastattn.ops.layernorm import Activation, NormName
+from fastattn.ops import layernorm_checks as check
+from fastattn.ops.layernorm import ACTIVATIONS, Activation, NormName
 from fastattn.ops.layernorm_ffn import layernorm_ffn
+from fastattn.ops.layernorm_ffn_op import RECOMPUTE
 
 
 class LayerNormFFN(torch.nn.Module):
@@ -59,6 +61,11 @@ class LayerNormFFN(torch.nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check.check_choice("LayerNormFFN", "activation", activation, ACTIVATIONS)
+        check.check_choice("LayerNormFFN", "recompute", recompute, RECOMPUTE)
+        check.check_probability("LayerNormFFN", "dropout", dropout)
+        if hidden_dropout is not None:
+            check.check_probability("LayerNormFFN", "hidden_dropout", hidden_dropout)
         self.norm: LayerNorm | RMSNorm | None = None
         if norm == "layer":
             self.norm = LayerNorm(d_model, eps, bias=bias, device=device, dtype=dtype)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.nn._nested import pack, unpack
+from fastattn.nn.kv_cache import KVLayer
 from fastattn.ops.attention import attention, attention_varlen
 
 Masks = tuple[Tensor | None, Tensor | None, bool]  # mask, bias, causal of the op
@@ -105,6 +106,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        kv_cache: KVLayer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` to ``key`` and ``value``; arguments and results are torch's.
 
@@ -122,6 +125,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             average_attn_weights: return the weights' mean over the heads. Default True.
             is_causal: ``attn_mask`` (required with it) is the causal mask, so the op may compute
                 it from the positions instead of reading it.
+            kv_cache: ``step[layer]`` of a :class:`fastattn.nn.KVCache`, in self attention without
+                weights: what was generated before. The keys of this call are appended to it, and
+                every row attends to itself and to all before it; no mask is given.
 
         Returns:
             The output, of query's layout, and the weights after dropout, ``(N, L, S)``, or
@@ -138,6 +144,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         >>> mha(x, x, x, key_padding_mask=padding, need_weights=False)[0].shape
         torch.Size([2, 10, 64])
         """
+        if kv_cache is not None:
+            masked = key_padding_mask is not None or attn_mask is not None
+            same = query is key and key is value
+            return self._forward_cached(query, same, need_weights, masked, kv_cache), None
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "MultiheadAttention: is_causal=True describes attn_mask, which is None; pass the "
@@ -198,6 +208,32 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if batched:
             return o, weights
         return o.squeeze(0), None if weights is None else weights.squeeze(0)
+
+    def _forward_cached(
+        self, x: Tensor, same: bool, need_weights: bool, masked: bool, kv_cache: KVLayer
+    ) -> Tensor:
+        """Self attention behind what a cache holds."""
+        wrong = (
+            (
+                not same or x.is_nested or x.dim() != 3,
+                "batched self attention: query is key is value",
+            ),
+            (need_weights, "need_weights=False: weights over a cache are not computed"),
+            (masked, "no attn_mask and no key_padding_mask: rows see all before them"),
+            (self.training and self.dropout > 0, "eval(), or no dropout"),
+            (self.bias_k is not None or self.add_zero_attn, "no add_bias_kv and no add_zero_attn"),
+        )
+        for is_so, wanted in wrong:
+            if is_so:
+                raise ValueError(f"MultiheadAttention: kv_cache wants {wanted}")
+        self._check_inputs(x, x, x, True)
+        q, k, v = self._project(x, x, x)
+        order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
+        o: Tensor = kv_cache.attend(
+            q.permute(order), k.permute(order), v.permute(order), backend=self.backend
+        )
+        o = (o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)).flatten(2)
+        return F.linear(o, self.out_proj.weight, self.out_proj.bias)
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> None:
         if query.dim() not in (2, 3):

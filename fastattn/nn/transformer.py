@@ -28,7 +28,7 @@ from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.multihead_attention import MultiheadAttention
 from fastattn.ops.encoder_layer import Weights, encoder_layer, serves
 from fastattn.ops.layernorm import add_layer_norm, norm_backend
-from fastattn.ops.layernorm_ffn import layernorm_ffn
+from fastattn.ops.layernorm_ffn import ffn_backend, layernorm_ffn
 
 
 class _Layer(torch.nn.Module):
@@ -46,7 +46,7 @@ class _Layer(torch.nn.Module):
                 module.backend = backend  # type: ignore[assignment]
             elif type(module) is torch.nn.LayerNorm:
                 module.__class__ = LayerNorm
-                module.backend = backend  # type: ignore[assignment]
+                module.backend = norm_backend(backend)  # type: ignore[assignment]
         # Torch's shortcut for inference bypasses the submodules.
         self.activation_relu_or_gelu = 0
 
@@ -90,7 +90,8 @@ class _Layer(torch.nn.Module):
             x, linear1.weight, linear1.bias, linear2.weight, linear2.bias,
             norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, activation=name,
             pre_norm=self.norm_first, dropout_p=drop_probability(dropout),
-            hidden_dropout_p=drop_probability(self.dropout), backend=self.backend,
+            hidden_dropout_p=drop_probability(self.dropout),
+            backend=ffn_backend(self.backend, x.shape[-1]),
         )  # fmt: skip
 
 
@@ -210,7 +211,7 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
         return encoder_layer(
             x, None if padding is None else ~padding[:, None, None, :], weights,
             heads=attention.num_heads, scale=attention.head_dim**-0.5, activation=name,
-            eps=(self.norm1.eps, self.norm2.eps), pre_norm=self.norm_first,
+            eps=(self.norm1.eps, self.norm2.eps), pre_norm=self.norm_first, backend=self.backend,
         )  # fmt: skip
 
 
@@ -424,8 +425,9 @@ class Transformer(torch.nn.Transformer):
 
         def norm() -> LayerNorm:
             return LayerNorm(
-                d_model, layer_norm_eps, bias=bias, device=device, dtype=dtype, backend=backend
-            )
+                d_model, layer_norm_eps, bias=bias, device=device, dtype=dtype,
+                backend=norm_backend(backend),
+            )  # fmt: skip
 
         if custom_encoder is None:
             one = TransformerEncoderLayer(*layer, backend=backend)

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastattn import first_use, reference
+from fastattn import choices, first_use, reference
 from fastattn.backends import select
 from fastattn.ops import attention_checks as check
 from fastattn.ops import attention_cuda, attention_triton  # noqa: F401  register implementations
 from fastattn.ops import attention_op as op
+from fastattn.ops._eager import wants_grad
+from fastattn.ops.stock import attention as stock_attention
 
 Causal = bool | Literal["bottom_right"]
 Window = tuple[int | None, int | None]
@@ -70,9 +72,9 @@ def attention(
         return_weights: also return the weights (B, H, Sq, Sk) after dropout in q's dtype, or with
             "mean" their average over heads (B, Sq, Sk). Differentiable.
         deterministic: True: the backward is bitwise repeatable. False allows atomics, which save
-            two of seven products (Triton; no CPU kernel uses any).
-        backend: "auto", "cpu", "triton", "cuda" or "reference". "cuda" takes its gradients from the
-            Triton kernels, or from "reference" where Triton cannot serve the call.
+            two of seven products (on GPUs; no CPU kernel uses any).
+        backend: "auto", "cpu", "triton", "cuda", "reference" or "torch", which is SDPA and refuses
+            what means something else there.
 
     Returns:
         o (B, H, Sq, Dv) in q's dtype, or a tuple (o, lse), (o, weights) or (o, lse, weights).
@@ -213,6 +215,29 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+_NO_EXTRAS = (-1, -1, False, False, 0, True)
+
+
+def _call(
+    qkv: tuple[Tensor, Tensor, Tensor], target: tuple[int, int, int, int], key: tuple[Any, ...]
+) -> choices.Call:
+    """What a call is like for fastattn.tune."""
+    q, k, v = qkv
+    batch, heads, max_q, max_k = target
+    training, causality, extras, given, deterministic = key[-5:]
+    device, has_mask = q.device.type, given[0]
+    # SDPA takes a mask or causal, not both; on CUDA what it does with a row without keys, and
+    # whether its backward repeats, depends on which of its kernels it takes.
+    plain = (
+        extras == _NO_EXTRAS and causality < 2 and not any(given[1:]) and max_q > 0 and max_k > 0
+        and not (has_mask and (causality or device != "cpu"))
+        and not (training and deterministic and device != "cpu")
+    )  # fmt: skip
+    fixed = (heads, k.shape[1], q.shape[-1], v.shape[-1], causality, given, extras)
+    width = max(q.shape[-1], v.shape[-1])
+    return choices.Call(device, q.dtype, training, plain, (batch, max_q, max_k), fixed, width)
+
+
 def _run(
     name: str,
     qkv: tuple[Tensor, Tensor, Tensor],
@@ -244,7 +269,19 @@ def _run(
     if seed is not None or dropout_p:
         seed = check.seed_tensor(name, seed, dropout_p, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = select(name, backend, q.device.type, q.dtype, max(q.shape[-1], v.shape[-1]))
+    width = max(q.shape[-1], v.shape[-1])
+    chosen = None
+    if choices.wanted(name, backend):
+        extras = (left, right, bool(dropout_p), return_lse, weights, softcap is None)
+        others = (mask, bias, alibi_slopes, sinks, *lengths.values())
+        training = torch.is_grad_enabled() and wants_grad(q, k, v, bias, sinks)
+        given = tuple([x is not None for x in others])
+        key = (q.shape, k.shape, v.shape, q.dtype, q.is_cuda, training, causality, extras, given,
+               deterministic)  # fmt: skip
+        chosen = choices.pick(name, backend, key, lambda: _call(qkv, target, key))
+    chosen = chosen or select(name, backend, q.device.type, q.dtype, width)
+    if chosen == "torch":
+        return stock_attention(q, k, v, mask, causality == 1, scale)
     if chosen != "reference" and bias is not None and bias.dtype == torch.float64:
         bias = bias.float()
     shared = (

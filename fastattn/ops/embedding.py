@@ -7,10 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastattn import choices
 from fastattn.backends import select
 from fastattn.ops import embedding_op as op
 from fastattn.ops import layernorm_checks as check
-from fastattn.ops.attention_checks import fail, seed_tensor
+from fastattn.ops._eager import wants_grad
+from fastattn.ops.attention_checks import check_bool, fail, seed_tensor
 from fastattn.ops.layernorm import NormName
 from fastattn.ops.layernorm_op import NORMS
 from fastattn.reference.embedding import sinusoidal_positions
@@ -61,7 +63,7 @@ def embedding(
         seed: int or 1-element int64 tensor that fixes the mask; None draws one from torch.
         padding_idx, position_padding_idx: the row whose gradient is zero; may be negative.
         scale_grad_by_freq: divide the gradient of a row of weight by how often ids name it.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "reference" or "torch".
 
     Returns:
         (*, S, N) in weight's dtype, contiguous. The gradients of the tables are dense, summed in
@@ -80,6 +82,7 @@ def embedding(
     (torch.Size([1, 3, 8]), True)
     """
     _check_tables(ids, weight, position_weight, segment_weight)
+    _check_numbers(position_offset, scale, eps, scale_grad_by_freq)
     rows, columns = weight.shape
     for name, p in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if p is not None:
@@ -101,7 +104,6 @@ def embedding(
             )
         positions, position_weight = _sinusoidal(ids, positions, position_offset, columns, weight)
         position_offset = 0
-    check.check_number(_NAME, "eps", eps)
     if seed is not None or dropout_p != 0.0:
         check.check_probability(_NAME, "dropout_p", dropout_p)
         seed = seed_tensor(_NAME, seed, dropout_p, weight)
@@ -114,13 +116,15 @@ def embedding(
         dropout_p,
         _padding("padding_idx", padding_idx, rows),
         _padding("position_padding_idx", position_padding_idx, table_rows),
-        bool(scale_grad_by_freq),
+        scale_grad_by_freq,
     )
     tensors = (
         ids, weight, positions, position_weight, segments, segment_weight, norm_weight, norm_bias,
         seed,
     )  # fmt: skip
-    if select(_NAME, backend, weight.device.type, weight.dtype) == "reference":
+    if (_tuned(backend, tensors, numbers) or select(
+        _NAME, backend, weight.device.type, weight.dtype
+    )) in ("reference", "torch"):  # torch's ops, where nothing is dropped  # fmt: skip
         return op.by_reference(tensors, numbers)
     try:
         return op.forward(tensors, numbers)
@@ -129,6 +133,30 @@ def embedding(
         if "must be in [0, " not in text:
             raise
         raise IndexError(text[max(0, text.find(f"fastattn::{_NAME}")) :]) from None
+
+
+def _check_numbers(offset: Any, scale: Any, eps: Any, by_count: Any) -> None:
+    check.check_int(_NAME, "position_offset", offset)
+    if not isinstance(scale, (int, float)) or scale != scale:
+        kind = ValueError if isinstance(scale, float) else TypeError
+        fail(_NAME, f"scale must be a float, got {scale!r}", kind)
+    check.check_number(_NAME, "eps", eps)
+    check_bool(_NAME, "scale_grad_by_freq", by_count)
+
+
+def _tuned(backend: str, tensors: tuple[Any, ...], numbers: op.Numbers) -> str | None:
+    if not choices.wanted(_NAME, backend):
+        return None
+    ids, weight, positions, position_weight, segments, segment_weight, *norms, _ = tensors
+    tables = [weight, position_weight, segment_weight, *norms]
+    given = tuple(x is not None for x in (*tables, positions, segments))
+    same = all(x is None or x.dtype == weight.dtype for x in tables)
+    plain = same and not numbers.dropout_p and weight.device.type == "cpu"
+    call = (
+        weight.device.type, weight.dtype, wants_grad(*tables), plain, (ids.numel(),),
+        (*weight.shape, numbers.norm, bool(numbers.dropout_p), given), 0,
+    )  # fmt: skip
+    return choices.pick(_NAME, backend, call, lambda: choices.Call(*call))
 
 
 def _check_tables(ids: Any, weight: Any, position_weight: Any, segment_weight: Any) -> None:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn import choices
 from fastattn.backends import select
 from fastattn.ops._eager import below_autograd, transformed
 from fastattn.ops.layernorm_op import ACTIVATIONS, lib
+from fastattn.ops.stock import encoder_layer as stock_encoder_layer
 
 lib.define(
     "encoder_layer(Tensor x, Tensor? mask, Tensor wq, Tensor? bq, Tensor? wk, Tensor? bk, "
@@ -85,6 +87,7 @@ def encoder_layer(
     eps: tuple[float, float],
     causal: bool = False,
     pre_norm: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """One layer, without dropout; only where :func:`serves` says so.
 
@@ -92,7 +95,19 @@ def encoder_layer(
         x: (B, S, D), of the weights' dtype.
         mask: bool, broadcastable to (B, heads, S, S), True = takes part.
         eps: of the two norms. pre_norm: norms in front of attention and feed-forward block.
+        backend: what the caller told :func:`serves`, or "torch".
     """
+    if choices.wanted("encoder_layer", backend):
+        B, S, D = x.shape
+        fixed = (D, heads, weights.w1.shape[0], activation, mask is not None, causal, pre_norm)
+        plain = not (causal and mask is not None) and x.numel() > 0
+        call = ("cpu", x.dtype, False, plain, (B, S), fixed, 0)
+        chosen = choices.pick("encoder_layer", backend, call, lambda: choices.Call(*call))
+        if chosen == "torch":
+            return stock_encoder_layer(
+                x, mask, weights, heads=heads, scale=scale, activation=activation, eps=eps,
+                causal=causal, pre_norm=pre_norm,
+            )  # fmt: skip
     args: tuple[Any, ...] = (
         x, mask, *weights, heads, scale, causal, *eps, ACTIVATIONS[activation], pre_norm,
     )  # fmt: skip

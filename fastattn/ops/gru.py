@@ -57,7 +57,7 @@ def gru(
             enters W_hh h, in all steps alike: one mask a layer, sequence and call.
         seed: int or 1-element int64 tensor that fixes the masks. None draws them from torch's
             generator; those between layers are then the ones torch.nn.GRU would draw.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu", "reference" or "torch".
 
     Returns:
         output, h_n: the h of the last layer (T, B, D H) in x's layout and dtype, and the last h of
@@ -95,7 +95,7 @@ def gru_cell(
         x: (B, I), or (I,) for one sequence; float32, bfloat16, float16 or float64.
         state: h, (B, H) or (H,); None = zeros.
         w_ih: (3 H, I). w_hh: (3 H, H). b_ih, b_hh: (3 H,) or None. Gates in the order r z n.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu", "reference" or "torch".
 
     Returns:
         h after the step, of x's dtype.

@@ -16,11 +16,13 @@ from fastattn.ops import layernorm_op as op
 from fastattn.ops import layernorm_triton  # noqa: F401  registers implementations
 from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import fail, seed_tensor
+from fastattn.ops.stock import rms_norm as stock_rms_norm
+from fastattn.ops.stock import row_choice
 
 NormName = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
 
-_ACTIVATIONS = {n: c for n, c in op.ACTIVATIONS.items() if n != "identity"}
+ACTIVATIONS = {n: c for n, c in op.ACTIVATIONS.items() if n != "identity"}
 
 
 def layer_norm(
@@ -43,7 +45,7 @@ def layer_norm(
         normalized_shape: the last dimensions of x, an int for one.
         weight, bias: of normalized_shape, of any float dtype beside a 16-bit x.
         eps: added to the variance. Default 1e-5.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "reference" or "torch".
 
     Returns:
         x's shape and dtype, contiguous. Saved for the backward: x, weight, and 8 bytes a row.
@@ -59,13 +61,13 @@ def layer_norm(
     """
     name = "layer_norm"
     shape = _check(name, x, normalized_shape, weight, bias, eps)
-    chosen = select(name, backend, x.device.type, x.dtype)
-    if chosen == "reference":
+    columns = math.prod(shape)
+    chosen = row_choice(name, backend, x, columns, (weight, bias), True, ())
+    chosen = chosen or select(name, backend, x.device.type, x.dtype)
+    if chosen in ("reference", "torch"):  # it is F.layer_norm
         return reference.layer_norm(x, shape, weight, bias, eps)
     with as_named(backend, chosen):
-        return op.add_norm(
-            x, None, weight, bias, None, 1, eps, 0.0, math.prod(shape), backend=chosen
-        )[0]
+        return op.add_norm(x, None, weight, bias, None, 1, eps, 0.0, columns, backend=chosen)[0]
 
 
 def rms_norm(
@@ -85,7 +87,7 @@ def rms_norm(
         normalized_shape: the last dimensions of x, an int for one.
         weight: of normalized_shape, of any float dtype beside a 16-bit x.
         eps: added to the mean square. Default (None): ``torch.finfo(x.dtype).eps``, as torch.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "reference" or "torch".
 
     Returns:
         x's shape and dtype, contiguous. Saved for the backward: x, weight, and 4 bytes a row.
@@ -101,14 +103,16 @@ def rms_norm(
     if eps is None and isinstance(x, Tensor) and x.is_floating_point():
         eps = torch.finfo(x.dtype).eps
     shape = _check(name, x, normalized_shape, weight, None, eps)
-    chosen = select(name, backend, x.device.type, x.dtype)
+    assert eps is not None
+    columns = math.prod(shape)
+    chosen = row_choice(name, backend, x, columns, (weight,), True, ())
+    chosen = chosen or select(name, backend, x.device.type, x.dtype)
     if chosen == "reference":
         return reference.rms_norm(x, shape, weight, eps)
-    assert eps is not None
+    if chosen == "torch":
+        return stock_rms_norm(x, shape, weight, eps)
     with as_named(backend, chosen):
-        return op.add_norm(
-            x, None, weight, None, None, 2, eps, 0.0, math.prod(shape), backend=chosen
-        )[0]
+        return op.add_norm(x, None, weight, None, None, 2, eps, 0.0, columns, backend=chosen)[0]
 
 
 def _check(
@@ -156,7 +160,7 @@ def add_layer_norm(
         eps: added to the variance. Default 1e-5.
         dropout_p: probability in [0, 1) with which an element of x is dropped.
         seed: int or 1-element int64 tensor that fixes the mask; None draws one from torch.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "reference" or "torch".
 
     Returns:
         norm(s) and s, of residual's dtype (x's without one). Both are differentiable. s is x itself
@@ -190,8 +194,10 @@ def add_layer_norm(
     if seed is not None or dropout_p != 0.0:
         check.check_probability(name, "dropout_p", dropout_p)
         seed = seed_tensor(name, seed, dropout_p, x)
-    chosen = select(name, backend, x.device.type, x.dtype)
-    if chosen == "reference":
+    others, fixed = (residual, weight, bias), (norm, bool(dropout_p))
+    chosen = row_choice(name, backend, x, columns, others, not dropout_p, fixed)
+    chosen = chosen or select(name, backend, x.device.type, x.dtype)
+    if chosen in ("reference", "torch"):  # torch's ops, where nothing is dropped
         return reference.add_layer_norm(
             x, residual, weight, bias, norm=norm, eps=eps, dropout_p=dropout_p, seed=seed
         )
@@ -225,7 +231,7 @@ def bias_act(
         gate_bias: (F,), only with gate.
         dropout_p: probability in [0, 1) with which an element is dropped.
         seed: int or 1-element int64 tensor that fixes the mask; None draws one from torch.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "reference" or "torch".
 
     Returns:
         x's shape and dtype, contiguous. Saved for the backward: the inputs.
@@ -250,12 +256,14 @@ def bias_act(
         if gate is None:
             fail(name, "gate_bias needs gate, got None")
         check.check_parameter(name, "gate_bias", gate_bias, x, width, "x's last dimension")
-    code = check.check_choice(name, "activation", activation, _ACTIVATIONS)
+    code = check.check_choice(name, "activation", activation, ACTIVATIONS)
     if seed is not None or dropout_p != 0.0:
         check.check_probability(name, "dropout_p", dropout_p)
         seed = seed_tensor(name, seed, dropout_p, x)
-    chosen = select(name, backend, x.device.type, x.dtype)
-    if chosen == "reference":
+    others, fixed = (bias, gate, gate_bias), (activation, bool(dropout_p))
+    chosen = row_choice(name, backend, x, width[0], others, not dropout_p, fixed)
+    chosen = chosen or select(name, backend, x.device.type, x.dtype)
+    if chosen in ("reference", "torch"):  # torch's ops, where nothing is dropped
         return reference.bias_act(
             x, bias, activation=activation, gate=gate, gate_bias=gate_bias, dropout_p=dropout_p,
             seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -52,9 +53,15 @@ def check_parameter(
 
 def check_shape(op: str, x: Tensor, normalized_shape: Any) -> tuple[int, ...]:
     """normalized_shape as a tuple: the last dimensions of x."""
-    if isinstance(normalized_shape, (int, torch.SymInt)):
+    if isinstance(normalized_shape, (int, torch.SymInt)) or hasattr(normalized_shape, "__index__"):
         normalized_shape = (normalized_shape,)
-    shape = tuple(normalized_shape)
+    try:  # a symbolic size must stay one
+        shape: tuple[Any, ...] = tuple(
+            n if isinstance(n, (int, torch.SymInt)) else index(n) for n in normalized_shape
+        )
+    except TypeError:
+        fail(op, "normalized_shape must be an int or a sequence of ints, got "
+             f"{normalized_shape!r}", TypeError)  # fmt: skip
     if not shape or 0 in shape:
         fail(op, f"normalized_shape must have elements, got {shape}")
     if tuple(x.shape[-len(shape) :]) != shape:
@@ -74,6 +81,11 @@ def check_probability(op: str, name: str, p: Any) -> None:
         fail(op, f"{name} must be a float, got {p!r}", TypeError)
     if not 0.0 <= p < 1.0:
         fail(op, f"{name} must be in [0, 1), got {p}")
+
+
+def check_int(op: str, name: str, given: Any) -> None:
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        fail(op, f"{name} must be an int, got {given!r}", TypeError)
 
 
 def check_choice(op: str, name: str, given: Any, choices: Any) -> int:

@@ -7,15 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastattn.backends import select_layernorm_ffn
+from fastattn.backends import of_part, select_layernorm_ffn
 from fastattn.ops import layernorm_checks as check
 from fastattn.ops import layernorm_ffn_cuda  # noqa: F401  registers implementations
 from fastattn.ops import layernorm_ffn_op as op
 from fastattn.ops._eager import wants_grad
 from fastattn.ops._guard import as_named
-from fastattn.ops.attention_checks import fail, seed_tensor
-from fastattn.ops.layernorm import _ACTIVATIONS, Activation, NormName
+from fastattn.ops.attention_checks import check_bool, fail, seed_tensor
+from fastattn.ops.layernorm import ACTIVATIONS, Activation, NormName
 from fastattn.ops.layernorm_op import NORMS
+from fastattn.ops.stock import row_choice
 
 _NAME = "layernorm_ffn"
 
@@ -67,8 +68,9 @@ def layernorm_ffn(
         dropout_p: of the result, before the residual. hidden_dropout_p: of the hidden layer.
         seed: int or 1-element int64 tensor that fixes both masks; None draws one from torch.
         recompute: what the backward computes again instead of reading it, see below.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". "cuda" is one kernel for the whole
-            block, for up to 256 columns of x and y; it never writes the hidden layer to memory.
+        backend: "auto", "cpu", "cuda", "triton", "reference" or "torch". "cuda" is one kernel for
+            the whole block, for up to 256 columns of x and y; it never writes the hidden layer to
+            memory.
 
     Returns:
         (*, D) in x's dtype, contiguous.
@@ -115,6 +117,8 @@ def layernorm_ffn(
             if p is not None:
                 check.check_parameter(_NAME, name, p, x, (normed,), of)
     check.check_number(_NAME, "eps", eps)
+    check_bool(_NAME, "pre_norm", pre_norm)
+    check_bool(_NAME, "residual", residual)
     if seed is not None or dropout_p or hidden_dropout_p:
         check.check_probability(_NAME, "dropout_p", dropout_p)
         check.check_probability(_NAME, "hidden_dropout_p", hidden_dropout_p)
@@ -122,9 +126,9 @@ def layernorm_ffn(
     numbers = op.Numbers(
         check.check_choice(_NAME, "norm", norm, NORMS),
         eps,
-        check.check_choice(_NAME, "activation", activation, _ACTIVATIONS),
-        bool(pre_norm),
-        bool(residual),
+        check.check_choice(_NAME, "activation", activation, ACTIVATIONS),
+        pre_norm,
+        residual,
         dropout_p,
         hidden_dropout_p,
     )
@@ -132,11 +136,22 @@ def layernorm_ffn(
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate, norm_weight, norm_bias)
     rows, width = x.numel() // columns, max(columns, w2.shape[0])
     training = wants_grad(*inputs)
-    chosen = select_layernorm_ffn(backend, x.device.type, x.dtype, rows, width, training)
-    if chosen == "reference":
+    drops = bool(dropout_p or hidden_dropout_p)
+    fixed = (hidden, w2.shape[0], norm, activation, pre_norm, residual, again, drops)
+    # recompute is a promise about memory, which torch's ops do not keep.
+    plain = not drops and not (again and training)
+    chosen = row_choice(_NAME, backend, x, columns, inputs[1:], plain, fixed, width)
+    if chosen is None:
+        chosen = select_layernorm_ffn(backend, x.device.type, x.dtype, rows, width, training)
+    if chosen in ("reference", "torch"):  # torch's ops, where nothing is dropped
         return op.by_reference(inputs, seed, numbers)
     with as_named(backend, chosen):
         return op.forward(inputs, seed, numbers, again, chosen)
+
+
+def ffn_backend(backend: str, columns: int) -> str:
+    """The backend of layernorm_ffn as a part of a module: see fastattn.backends.of_part."""
+    return of_part(_NAME, backend, columns)
 
 
 def _check_weights(x: Any, w1: Any, w2: Any, w_gate: Any, residual: bool) -> None:

@@ -321,6 +321,7 @@ def linear_cross_entropy(
     """
     x, weight = _autocast(x, weight)
     _check(x, weight, target, bias)
+    check.check_int(_NAME, "ignore_index", ignore_index)
     check.check_number(_NAME, "label_smoothing", label_smoothing)
     if label_smoothing > 1:
         fail(_NAME, f"label_smoothing must be in [0, 1], got {label_smoothing}")
@@ -366,6 +367,8 @@ def _check(x: Any, weight: Any, target: Any, bias: Any) -> None:
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         fail(_NAME, f"weight must be (V, {x.shape[-1]}) to match x {tuple(x.shape)}, got "
              f"{tuple(weight.shape)}")  # fmt: skip
+    if 0 in weight.shape:
+        fail(_NAME, f"weight must have classes and columns, got {tuple(weight.shape)}")
     if target.dtype != torch.int64:
         fail(_NAME, f"target must be int64, got {target.dtype}", TypeError)
     if target.shape != x.shape[:-1]:

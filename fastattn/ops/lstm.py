@@ -57,7 +57,7 @@ def lstm(
             enters W_hh h, in all steps alike: one mask a layer, sequence and call.
         seed: int or 1-element int64 tensor that fixes the masks. None draws them from torch's
             generator; those between layers are then the ones torch.nn.LSTM would draw.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu", "reference" or "torch".
 
     Returns:
         output, (h_n, c_n): the h of the last layer (T, B, D P) in x's layout and dtype, and the
@@ -98,7 +98,7 @@ def lstm_cell(
         x: (B, I), or (I,) for one sequence; float32, bfloat16, float16 or float64.
         state: h and c, (B, H) or (H,); None = zeros.
         w_ih: (4 H, I). w_hh: (4 H, H). b_ih, b_hh: (4 H,) or None. Gates in the order i f g o.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu", "reference" or "torch".
 
     Returns:
         h, c after the step, of x's dtype.

@@ -13,15 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastattn import choices
 from fastattn.backends import select
 from fastattn.ops import recurrent_checks as check
 from fastattn.ops import recurrent_gpu  # noqa: F401  registers implementations
 from fastattn.ops import recurrent_rows as layout
-from fastattn.ops._eager import transformed
+from fastattn.ops._eager import transformed, wants_grad
 from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import fail, seed_tensor
 from fastattn.ops.layernorm import add_layer_norm
 from fastattn.ops.recurrent_op import layer
+from fastattn.ops.recurrent_step import fused, step
+from fastattn.ops.stock import recurrent as stock_layers
+from fastattn.ops.stock import recurrent_cell as stock_cell
 from fastattn.reference.dropout import draw_seed
 from fastattn.reference.recurrent import GATES, LSTM, Weights, cell_step, layer_seed, stack
 
@@ -86,8 +90,14 @@ def run(
             fail(op, f"lengths belong to a padded batch, x is {got}")
         T = data.shape[1 if batch_first else 0]
         options = options._replace(lengths=check.check_lengths(op, options.lengths, T, B))
-    chosen = select(op, options.backend, data.device.type, data.dtype)
-    if chosen == "reference" or transformed():
+    chosen = None
+    if choices.wanted(op, options.backend):
+        call = _call(data, (h, c), layers, options, packed, B)
+        chosen = choices.pick(op, options.backend, call, lambda: choices.Call(*call))
+    chosen = chosen or select(op, options.backend, data.device.type, data.dtype)
+    if chosen == "torch" and not transformed():
+        return stock_layers(data, h, c, layers, cell, batch_first, D == 2)
+    if chosen in ("reference", "torch") or transformed():
         named = options._asdict()
         del named["backend"]
         return stack(x, h, c, [entry for entries in layers for entry in entries], cell, **named)
@@ -107,6 +117,35 @@ def run(
     if one:
         return y, h_n.squeeze(1), c_n.squeeze(1) if cell == LSTM else c_n
     return layout.to_caller(y, rows, x, packed, batch_first), h_n, c_n
+
+
+def _call(
+    x: Tensor,
+    states: tuple[Tensor | None, Tensor | None],
+    layers: list[tuple[Weights, ...]],
+    options: Options,
+    packed: bool,
+    B: int,
+) -> tuple[Any, ...]:
+    """The fields of choices.Call."""
+    first = layers[0][0]
+    drops, ragged = (
+        bool(options.dropout_p or options.recurrent_dropout_p),
+        packed or options.lengths is not None,
+    )
+    training = wants_grad(x, *states, *(w for of in layers for entry in of for w in entry))
+    rows, features = x.numel() // x.shape[-1], x.shape[-1]
+    # cuDNN's backward has no derivative, and promises no order of its sums.
+    kept = x.device.type == "cpu" or not training
+    # A projection is computed step by step there, with a warning.
+    plain = kept and not drops and not ragged and rows > 0 and first[4] is None
+    shape = (len(layers), len(layers[0]), features, *first[1].shape, *map(_given, first[2:]))
+    fixed = (*shape, drops, ragged, options.batch_first)
+    return x.device.type, x.dtype, training, plain, (rows // max(B, 1), B), fixed, 0
+
+
+def _given(x: Tensor | None) -> bool:
+    return x is not None
 
 
 def _check_masks(op: str, options: Options, x: Tensor) -> Options:
@@ -264,23 +303,36 @@ def run_cell(
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, h, c, weights = _autocast(x, h, c, weights)
     H = check.check_cell(op, x, h, c, weights, cell)
-    chosen = select(op.removesuffix("_cell"), backend, x.device.type, x.dtype)
-    if chosen == "reference" or transformed():
+    chosen = None
+    if choices.wanted(op, backend):
+        training = wants_grad(x, h, c, *weights)
+        plain = not (training and x.device.type != "cpu") and x.numel() > 0
+        sizes = (x.shape[0] if x.dim() == 2 else 1,)
+        fixed = (x.shape[-1], H, cell, _given(weights[2]))
+        call = (x.device.type, x.dtype, training, plain, sizes, fixed, 0)
+        chosen = choices.pick(op, backend, call, lambda: choices.Call(*call))
+    chosen = chosen or select(op.removesuffix("_cell"), backend, x.device.type, x.dtype)
+    if chosen == "torch" and not transformed():
+        return stock_cell(x, h, c, weights, cell)
+    if chosen in ("reference", "torch") or transformed():
         return cell_step(x, h, c, weights, cell)
     one = x.dim() == 1
     if one:
         x = x.unsqueeze(0)
     if h is None:
-        h = x.new_zeros((1, x.shape[0], H))
-        c = h if cell == LSTM else None
+        h = x.new_zeros((x.shape[0], H))
+        c = h if cell == LSTM else None  # nobody writes to them
+    elif one:
+        h, c = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+    if chosen == "cpu" and fused(x, h):
+        y, c_n = step(x, *weights, h, c, cell)
     else:
-        h = h.view(1, x.shape[0], H) if one else h.unsqueeze(0)
+        states = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+        with as_named(backend, chosen):
+            y, _, c_n = layer(x, ((*weights, None),), *states, None, None, None, 1, cell, 0, chosen)
         if cell == LSTM:
-            c = c.view(1, x.shape[0], H) if one else c.unsqueeze(0)
-    with as_named(backend, chosen):
-        y, _, c_n = layer(x, ((*weights, None),), h, c, None, None, None, 1, cell, 0, chosen)
+            c_n = c_n.squeeze(0)
     if one:
         y = y.squeeze(0)
-    if cell != LSTM:
-        return y, c_n
-    return y, c_n.view(-1) if one else c_n.squeeze(0)
+        c_n = c_n.squeeze(0) if cell == LSTM else c_n
+    return y, c_n

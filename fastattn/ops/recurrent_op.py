@@ -455,10 +455,8 @@ def _may_step(x: Tensor, weights: Sequence[Weights], steps: Steps, backend: str)
         and len(weights) == 1
         and weights[0][4] is None
         and steps[:3] == (None, None, None)
-        and type(x) is Tensor
         and x.shape[0] > 0
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and recurrent_step.eager(x)
     )
 
 

@@ -1,7 +1,8 @@
 """One step of one direction on the CPU, in eager: what the cells' modules call.
 
-The same arithmetic as recurrent_op.py's layer with T = 1, without its general bookkeeping, which
-would cost a small step more than its GEMMs.
+The arithmetic is that of recurrent_op.py's layer with T = 1, without its general bookkeeping, which
+would cost a small step more than its GEMMs. Of few sequences in fp32 a step is one op forward and
+one backward, csrc/bindings/recurrent_step.cpp; of others torch's GEMMs around the recurrence's.
 """
 
 from __future__ import annotations
@@ -11,11 +12,92 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops._eager import differentiable_gradients, make_function
+from fastattn.ops._eager import differentiable_gradients, make_function, wants_grad
+from fastattn.ops.layernorm_op import lib
 from fastattn.reference import recurrent as reference
 from fastattn.reference.recurrent import GRU, LSTM
 
 _NOTHING = (None,) * 3
+_INPUTS = (
+    "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h, Tensor? c, int cell"
+)
+# gates: for the backward, empty without `save`. need: bit i for the i-th result, others are empty.
+lib.define(f"recurrent_step_cpu_fwd({_INPUTS}, bool save) -> (Tensor h, Tensor c, Tensor gates)")
+lib.define(
+    "recurrent_step_cpu_bwd(Tensor? dh, Tensor? dc, "
+    f"{_INPUTS.removesuffix(', int cell')}, Tensor h_new, Tensor c_new, Tensor gates, int cell, "
+    "int need) -> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, "
+    "Tensor dh0, Tensor dc0)"
+)
+_N = 7  # tensors among the inputs
+
+MOST = 16  # sequences; with more, torch's GEMMs
+_MULTIPLE = 16  # of features: csrc/cpu/recurrent_step.h
+
+
+def eager(x: Tensor) -> bool:
+    """Whether no compiler and no mode of torch's looks on."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def fused(x: Tensor, h: Tensor) -> bool:
+    """Whether step() serves them; x (B, I), h (B, H)."""
+    B, features = x.shape
+    return (
+        x.dtype is torch.float32
+        and 0 < B <= MOST
+        and features % _MULTIPLE == h.shape[1] % _MULTIPLE == 0
+        and features > 0
+        and eager(x)
+    )
+
+
+def step(*args: Any) -> tuple[Tensor, Tensor]:
+    """h and c (LSTM's; else empty) after the step, with autograd. Arguments as _INPUTS has them."""
+    if wants_grad(*args[:_N]):
+        return _fused_step.apply(*args)  # type: ignore[no-any-return]
+    return torch.ops.fastattn.recurrent_step_cpu_fwd(*args, False)[:2]  # type: ignore[no-any-return]
+
+
+def _step_forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    h, c, gates = torch.ops.fastattn.recurrent_step_cpu_fwd(*args, True)
+    ctx.cell = args[_N]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*args[:_N], h, c, gates)
+    return h, c
+
+
+def _step_backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Any, ...]:
+    needs, saved = ctx.needs_input_grad, ctx.saved_tensors
+    if dh is None and dc is None:
+        return (None,) * (_N + 1)
+    if torch.is_grad_enabled():
+        return (*_differentiable(needs[:_N], (dh, dc), saved[:_N], ctx.cell), None)
+    need = sum(1 << i for i in range(_N) if needs[i])
+    grads = torch.ops.fastattn.recurrent_step_cpu_bwd(dh, dc, *saved, ctx.cell, need)
+    return (*(g if n else None for g, n in zip(grads, needs, strict=False)), None)
+
+
+_fused_step = make_function("_RecurrentStep", forward=_step_forward, backward=_step_backward)
+
+
+def _differentiable(
+    needs: tuple[bool, ...], upstream: tuple[Tensor | None, ...], inputs: tuple[Any, ...], cell: int
+) -> tuple[Tensor | None, ...]:
+    def formula(x: Tensor, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, h: Tensor, c: Any) -> Any:
+        c0 = None if c is None else c.unsqueeze(0)
+        weights = ((w_ih, w_hh, b_ih, b_hh, None),)
+        out = reference.layer(x, weights, h.unsqueeze(0), c0, *_NOTHING, 1, cell, 0)
+        return out[0], out[2].squeeze(0)
+
+    return differentiable_gradients(formula, inputs, needs, upstream)
+
+
+# ---------------------------------------------------------------- with torch's GEMMs, any dtype
 
 
 def run(

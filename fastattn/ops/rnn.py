@@ -78,7 +78,7 @@ def rnn_cell(
         state: h, (B, H) or (H,); None = zeros.
         w_ih: (H, I). w_hh: (H, H). b_ih, b_hh: (H,) or None.
         nonlinearity: "tanh" or "relu". Default "tanh".
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu", "reference" or "torch".
 
     Returns:
         h after the step, of x's dtype.

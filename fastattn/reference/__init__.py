@@ -7,6 +7,7 @@ throughout.
 """
 
 from fastattn.reference.attention import attention, attention_varlen
+from fastattn.reference.attention_kv_cache import attention_with_kv_cache
 from fastattn.reference.dropout import (
     draw_seed,
     dropout_keep,
@@ -30,6 +31,7 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "attention_varlen",
+    "attention_with_kv_cache",
     "bias_act",
     "draw_seed",
     "dropout_keep",

@@ -30,7 +30,7 @@ def linear_cross_entropy(
     logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     wide = torch.promote_types(torch.float32, logits.dtype)
     loss = F.cross_entropy(
-        logits.flatten(0, -2).to(wide), target.flatten(), ignore_index=ignore_index,
+        logits.reshape(-1, logits.shape[-1]).to(wide), target.flatten(), ignore_index=ignore_index,
         label_smoothing=label_smoothing, reduction=reduction,
     )  # fmt: skip
     return loss.view(target.shape) if reduction == "none" else loss

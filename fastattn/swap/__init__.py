@@ -2,6 +2,7 @@
 
 Split by mechanism: ``_classes`` (changing the class of a module), ``_torch`` (modules of torch),
 ``_transformers`` (attention of Hugging Face models, by their attention and mask interfaces),
+``_generation`` (their cache; ``_growing``),
 ``_known`` (what else they are made of; ``_blocks``, ``_embeddings``), ``_select`` (``only`` /
 ``skip``), ``_report``.
 """
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 
-from fastattn.swap import _known, _torch, _transformers
+from fastattn.ops.parts import of_part
+from fastattn.swap import _generation, _known, _torch, _transformers
 from fastattn.swap._classes import UNDO
+from fastattn.swap._generation import kv_cache
 from fastattn.swap._report import ALREADY, Replaced, Skipped, SwapReport
 from fastattn.swap._select import Patterns, Selection, lineage
 
-__all__ = ["Replaced", "Skipped", "SwapReport", "swap", "unswap"]
+__all__ = ["Replaced", "Skipped", "SwapReport", "kv_cache", "swap", "unswap"]
 
 _BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -43,6 +46,9 @@ def swap(
     not copied.  Where a part of a block has hooks or is not what it was (adapters, quantised
     layers), the block runs as its authors wrote it; a recurrent layer whose weights are computed
     (weight norm, parametrisations) stays as it is.
+    ``model.generate`` keeps keys and values in a cache that grows in place (``kv_cache`` makes one
+    for loops of your own), which GPT-2 and Llama extend and read by
+    ``fastattn.attention_with_kv_cache``; caches that you pass are used as they are.
     Parameters, ``state_dict``, hooks, the modules' identity and their training flags stay as they
     are, so optimizers, checkpoints, ``copy.deepcopy``, ``pickle``, ``save_pretrained``, DDP and
     ``torch.compile`` work as before.
@@ -58,7 +64,8 @@ def swap(
         only: swap only these: globs on module names (``"encoder.layers.*"``), module classes, or
             an iterable of both.  A pattern takes what it matches and everything inside.
         skip: leave these alone; wins over ``only``.
-        backend: the backend of every op. Default "auto".
+        backend: the backend of every op; what it has no kernel of (norms and embeddings, and
+            feed-forward blocks wider than 256, for "cuda") takes "auto". Default "auto".
 
     Returns:
         A :class:`SwapReport` of what was replaced, what was left alone and why.  If nothing was
@@ -89,11 +96,22 @@ def swap(
     blocks = _known.swap_blocks(model, selection, backend, report)
     attention = _torch.swap_modules(model, selection, blocks, backend, report)
     attention |= _transformers.swap_models(model, selection, backend, report)
+    _generation.swap_generation(model, selection, backend, report)
     _report_others(model, attention, report)
     _report_unknown(model, blocks, report)
     _torch.report_recurrent(model, report)
+    _note_backends(backend, report)
     _warn_if_idle(report)
     return report
+
+
+def _note_backends(backend: str, report: SwapReport) -> None:
+    """Say what an explicit backend has no kernel of, before a call could."""
+    ops = {"norm": "layer_norm", "residual + norm": "add_layer_norm", "embedding": "embedding"}
+    for kind, op in ops.items():
+        n = report.count(kind)
+        if n and of_part(op, backend) != backend:
+            report.notes.append(f"{n} {kind}: no kernel in backend={backend!r}, so 'auto'")
 
 
 def _warn_if_idle(report: SwapReport) -> None:

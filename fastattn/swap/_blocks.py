@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.nn._plain import activation_name, drop_probability
 from fastattn.ops.layernorm import add_layer_norm, norm_backend, rms_norm
-from fastattn.ops.layernorm_ffn import layernorm_ffn
+from fastattn.ops.layernorm_ffn import ffn_backend, layernorm_ffn
 from fastattn.swap._block import Block, parts_of
 from fastattn.swap._inference import bert_layer_in_inference, distilbert_layer_in_inference
 
@@ -73,7 +73,8 @@ class PostNormLayer(Block):
         return layernorm_ffn(
             attention_output, linear1.weight, linear1.bias, linear2.weight, linear2.bias,
             norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, activation=name,
-            pre_norm=False, dropout_p=drop_probability(two["dropout"]), backend=self.backend,
+            pre_norm=False, dropout_p=drop_probability(two["dropout"]),
+            backend=ffn_backend(self.backend, attention_output.shape[-1]),
         )  # fmt: skip
 
 
@@ -131,7 +132,8 @@ class DistilBertBlock(Block):
         return layernorm_ffn(
             x, linear1.weight, linear1.bias, linear2.weight, linear2.bias,
             norm_weight=last.weight, norm_bias=last.bias, eps=last.eps, activation=name,
-            pre_norm=False, dropout_p=drop_probability(ffn.dropout), backend=self.backend,
+            pre_norm=False, dropout_p=drop_probability(ffn.dropout),
+            backend=ffn_backend(self.backend, x.shape[-1]),
         )  # fmt: skip
 
 
@@ -179,7 +181,8 @@ class Gpt2Block(Block):
         return layernorm_ffn(
             o + hidden_states, first.weight.t(), first.bias, second.weight.t(), second.bias,
             norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, activation=name,
-            dropout_p=drop_probability(mlp.dropout), backend=self.backend,
+            dropout_p=drop_probability(mlp.dropout),
+            backend=ffn_backend(self.backend, hidden_states.shape[-1]),
         )  # fmt: skip
 
 
@@ -230,7 +233,8 @@ class LlamaLayer(Block):
         return layernorm_ffn(
             hidden_states + o, up.weight, up.bias, down.weight, down.bias, norm="rms",
             norm_weight=norm.weight, eps=norm.variance_epsilon, activation=name,
-            w_gate=gate.weight, b_gate=gate.bias, backend=self.backend,
+            w_gate=gate.weight, b_gate=gate.bias,
+            backend=ffn_backend(self.backend, hidden_states.shape[-1]),
         )  # fmt: skip
 
 
@@ -265,7 +269,8 @@ class T5FeedForward(Block):
             w_gate=None if gate is None else gate.weight,
             b_gate=None if gate is None else gate.bias,
             dropout_p=drop_probability(modules["dropout"]),
-            hidden_dropout_p=drop_probability(dense.dropout), backend=self.backend,
+            hidden_dropout_p=drop_probability(dense.dropout),
+            backend=ffn_backend(self.backend, hidden_states.shape[-1]),
         )  # fmt: skip
 
 

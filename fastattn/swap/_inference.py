@@ -44,7 +44,7 @@ def bert_layer_in_inference(
         return None
     return _run(
         x, mask, (q, k, v, o, linear1, linear2), (norm1, norm2), (drop1, drop2), act,
-        inner.num_attention_heads, inner.scaling,
+        inner.num_attention_heads, inner.scaling, layer.backend,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def distilbert_layer_in_inference(
     norms = (parts["sa_layer_norm"], parts["output_layer_norm"])
     return _run(
         x, mask, tuple(linears), norms, (ffn._modules.get("dropout"),),
-        ffn._modules.get("activation"), inner.n_heads, inner.scaling,
+        ffn._modules.get("activation"), inner.n_heads, inner.scaling, layer.backend,
     )  # fmt: skip
 
 
@@ -78,6 +78,7 @@ def _run(
     act: Any,
     heads: int,
     scale: float,
+    backend: str,
 ) -> Tensor | None:
     known = (
         all(type(m) is _LINEAR for m in linears)
@@ -99,8 +100,9 @@ def _run(
     if any(w.dtype != x.dtype for w in (weights.wq, weights.wo, weights.w1, weights.w2)):
         return None
     return encoder_layer(
-        x, mask, weights, heads=heads, scale=scale, activation=name, eps=(norm1.eps, norm2.eps)
-    )
+        x, mask, weights, heads=heads, scale=scale, activation=name, eps=(norm1.eps, norm2.eps),
+        backend=backend,
+    )  # fmt: skip
 
 
 def _bool_mask(mask: Tensor | None) -> bool:

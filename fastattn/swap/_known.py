@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastattn.ops.parts import of_part
 from fastattn.swap._block import Block
 from fastattn.swap._blocks import (
     BertLayer,
@@ -27,6 +28,7 @@ from fastattn.swap._blocks import (
 )
 from fastattn.swap._classes import change_class, why_not_changed
 from fastattn.swap._embeddings import BertEmbeddings, DistilBertEmbeddings, RobertaEmbeddings
+from fastattn.swap._generation import Gpt2Attention, LlamaAttention
 from fastattn.swap._report import ALREADY, Replaced, Skipped, SwapReport
 from fastattn.swap._select import Selection
 
@@ -42,6 +44,8 @@ KNOWN: dict[tuple[str, str], tuple[type[Block], ...]] = {
     (f"{_HOME}.roberta.modeling_roberta", "RobertaSelfOutput"): (PostNormOutput,),
     (f"{_HOME}.distilbert.modeling_distilbert", "TransformerBlock"): (DistilBertBlock,),
     (f"{_HOME}.gpt2.modeling_gpt2", "GPT2Block"): (Gpt2Block,),
+    (f"{_HOME}.gpt2.modeling_gpt2", "GPT2Attention"): (Gpt2Attention,),
+    (f"{_HOME}.llama.modeling_llama", "LlamaAttention"): (LlamaAttention,),
     (f"{_HOME}.llama.modeling_llama", "LlamaDecoderLayer"): (LlamaLayer,),
     (f"{_HOME}.llama.modeling_llama", "LlamaRMSNorm"): (RmsNorm,),
     (f"{_HOME}.t5.modeling_t5", "T5LayerFF"): (T5FeedForward, T5GatedFeedForward),
@@ -103,15 +107,16 @@ def swap_blocks(
         parts = [".".join((name, *path) if name else path) for path, _ in fused.PARTS]
         why = next((w for w in map(selection.why_not, (name, *parts)) if w is not None), None)
         cls = type(module).__name__
+        mine = of_part(fused.OP.removeprefix("fastattn."), backend)
         if why is None and isinstance(module, Block):
-            if module.backend == backend:
+            if module.backend == mine:
                 why = ALREADY
             else:
-                module.backend = backend
+                module.backend = mine
         elif why is None:
             why = found.why or why_not_changed(module)
             if why is None:
-                change_class(module, found.fused, backend)
+                change_class(module, found.fused, mine)
         if why is None or why == ALREADY:
             owned.update(parts)
         if why is None:

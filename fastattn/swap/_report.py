@@ -16,8 +16,8 @@ class Replaced:
         name: dotted name in the model, "" for the model itself.
         cls: name of its class before the swap.
         by: what serves it now.
-        kind: "attention", "layer", "feed-forward", "residual + norm", "norm", "embedding" or
-            "recurrent".
+        kind: "attention", "layer", "feed-forward", "residual + norm", "norm", "embedding",
+            "recurrent" or "cache".
     """
 
     name: str

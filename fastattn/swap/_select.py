@@ -16,13 +16,13 @@ def _as_tuple(patterns: Patterns, argument: str) -> tuple[Pattern, ...]:
         return ()
     if isinstance(patterns, (str, type)):
         patterns = (patterns,)
+    takes = f"fastattn.swap: {argument} takes module-name globs and module classes, got"
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{takes} {patterns!r}")
     result = tuple(patterns)
     for pattern in result:
         if not isinstance(pattern, (str, type)):
-            raise TypeError(
-                f"fastattn.swap: {argument} takes module-name globs and module classes, "
-                f"got {pattern!r}"
-            )
+            raise TypeError(f"{takes} {pattern!r}")
     return result
 
 

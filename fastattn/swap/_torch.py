@@ -26,6 +26,7 @@ from fastattn.nn import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
+from fastattn.ops.parts import of_part
 from fastattn.swap._classes import UNDO, change_class, why_not_changed
 from fastattn.swap._report import ALREADY, Replaced, Skipped, SwapReport
 from fastattn.swap._select import Selection, lineage
@@ -43,6 +44,7 @@ _DROP_INS: tuple[tuple[Any, Any, str], ...] = (
     (torch.nn.GRUCell, GRUCell, "recurrent"),
     (torch.nn.RNNCell, RNNCell, "recurrent"),
 )
+_NORMS = {torch.nn.LayerNorm: "layer_norm", torch.nn.RMSNorm: "rms_norm"}
 _RECURRENT = tuple(stock for stock, _, kind in _DROP_INS if kind == "recurrent")
 _LIKE_RECURRENT = re.compile(r"(LSTM|GRU|RNN)(Cell)?$")
 # What the forward of a recurrent module calls on itself.
@@ -119,15 +121,16 @@ def swap_modules(
         if why is None and kind == "layer":
             why = _why_not_the_parts(name, module, selection)
         cls = type(module).__name__
+        mine = of_part(_NORMS[stock], backend) if kind == "norm" else backend
         if why is None and isinstance(module, fused):
-            if module.backend == backend:
+            if module.backend == mine:
                 why = ALREADY
             else:
-                module.backend = backend
+                module.backend = mine
         elif why is None:
             why = why_not(module, stock)
             if why is None:
-                _change(module, fused, kind, backend)
+                _change(module, fused, kind, mine)
         if why is None:
             report.replaced.append(Replaced(name, cls, f"fastattn.nn.{fused.__name__}", kind))
         else:

@@ -35,7 +35,7 @@ OFF = "_fastattn_off"  # on an attention module that only / skip excluded: its f
 
 # Arguments that change the result and that this function does not serve.
 _REFUSED = ("indices", "block_indices", "sinks", "cache")
-_CHANGING = (*_REFUSED, "position_bias", "softcap", "s_aux", "is_causal", "scaling", "dropout")
+CHANGING = (*_REFUSED, "position_bias", "softcap", "s_aux", "is_causal", "scaling", "dropout")
 
 
 # ------------------------------------------------------------------------------ the two functions
@@ -180,13 +180,13 @@ def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     if torch.compiler.is_compiling():
         return False
     # A model may keep the flag from its layers; what its hooks collect is the last word.
-    return any("attentions" in key for key in _collected() or ())
+    return any("attentions" in key for key in collected() or ())
 
 
 _CAPTURING = "transformers.utils.output_capturing"
 
 
-def _collected() -> Any:
+def collected() -> Any:
     """What transformers' hooks collect in the running forward, None where nothing."""
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
     return None if collector is None else collector.get()
@@ -195,7 +195,7 @@ def _collected() -> Any:
 def idle_hooks(hooks: dict[int, Any]) -> bool:
     """Whether all are transformers' own, which stay on a model once it was asked for attentions or
     hidden states, and collect nothing now."""
-    return all(hook.__module__ == _CAPTURING for hook in hooks.values()) and not _collected()
+    return all(hook.__module__ == _CAPTURING for hook in hooks.values()) and not collected()
 
 
 def takes_part(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -211,7 +211,7 @@ def takes_part(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
         and not kwargs.get("output_attentions")
         and not config.get("_output_attentions")
         and not config.get("output_attentions")
-        and not (kwargs and any(kwargs.get(name) is not None for name in _CHANGING))
+        and not (kwargs and any(kwargs.get(name) is not None for name in CHANGING))
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tools import featured
 
-from . import budget_file, recurrent_budget, row_budget
+from . import budget_file, cache_budget, recurrent_budget, row_budget
 from .aot import ARCHS, CompileError, Figures, all_figures
 from .calls import attend, tiles_of
 from .driver import SHARED_LIMIT
@@ -29,6 +29,7 @@ FEATURES = ("plain", "causal", "everything", "atomics")
 # prepare has a product only for dweights
 NO_DOT = (
     "prepare_kernel", "dsinks_kernel", *row_budget.KERNELS, "ffn_block_finish_kernel",
+    "append_kernel", "merge_kernel",
 )  # fmt: skip
 
 _COLUMNS = ("BLOCK_N", "BLOCK_F", "BLOCK_U", "BLOCK_H")
@@ -109,6 +110,18 @@ def recurrent_rows(
                     yield Row(arch, dtype, H, feature, launch)
 
 
+def cache_rows(
+    archs: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int], features: Sequence[str]
+) -> Iterator[Row]:
+    """Attention over a KV cache."""
+    for arch in archs:
+        for dtype in dtypes:
+            for d in head_dims:
+                for feature in features:
+                    for launch in cache_budget.launches(arch, DTYPES[dtype], d, feature):
+                        yield Row(arch, dtype, d, feature, launch)
+
+
 def sample() -> list[Row]:
     """What `make verify` compiles: the usual sizes, each architecture once or twice."""
     found = list(rows(ARCHS, ["bf16"], [64], ["causal"]))
@@ -121,6 +134,11 @@ def sample() -> list[Row]:
     of = recurrent_budget.KERNELS
     found += recurrent_rows(["sm_80", "gfx942"], ["bf16"], ["lstm few"], of[2:4])
     found += recurrent_rows(["sm_86", "sm_90"], ["bf16"], ["gru whole"], of[:2])
+    found += [
+        row for row in cache_rows(["sm_80", "sm_86", "sm_90", "sm_120"], ["bf16"], [128], ["paged"])
+        if row.launch.name not in NO_DOT
+    ]  # fmt: skip
+    found += cache_rows(["sm_80"], ["bf16"], [64], ["decode"])
     return [*found, *block_rows(["sm_86", "sm_90"], ["bf16"])]
 
 
@@ -130,6 +148,8 @@ def full() -> list[Row]:
     found += row_rows(ARCHS, ["bf16", "fp32"], row_budget.WIDTHS, ["rows"])
     found += row_rows(ARCHS, ["bf16", "fp32"], [768], ["everything"])
     found += block_rows(ARCHS, ["bf16", "fp32"])
+    found += cache_rows(ARCHS, ["bf16", "fp32"], HEAD_DIMS, ["decode", "many rows"])
+    found += cache_rows(ARCHS, ["bf16"], [64, 128], ["paged", "cache everything"])
     found += recurrent_rows(ARCHS, ["bf16"], recurrent_budget.FEATURES)
     found += recurrent_rows(ARCHS, ["fp32"], recurrent_budget.FEATURES_FP32)
     return found

@@ -27,6 +27,7 @@ JOBS, TIMEOUT = 2, 300.0  # seconds from one answer to the next
 COLUMNS = ("interpreter", "ttsem", "driver", "budget")
 ROWS = "row_"  # how the cases of row_cases.py begin: layernorm_ffn and its parts
 RECURRENT = "rec_"  # and those of recurrent_cases.py
+CACHE = "cache_"  # and of cache_cases.py: attention over a KV cache
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ def small_cases(name: str) -> Any:
         from . import row_cases
 
         return row_cases
+    if name.startswith(CACHE):
+        from . import cache_cases
+
+        return cache_cases
     return None
 
 
@@ -109,6 +114,9 @@ def by_driver(what: str) -> None:
     if what.startswith(RECURRENT):
         _recurrent_by_driver(what)
         return
+    if what.startswith(CACHE):
+        _cache_by_driver(what)
+        return
     if what == "growing":
         compiled = jit.compiles_while_growing(80)
         assert set(compiled.values()) == {1}, f"needless binaries: {compiled}"
@@ -151,8 +159,20 @@ def _recurrent_by_driver(what: str) -> None:
             run(recurrent_cases.case_named(what))
 
 
+def _cache_by_driver(what: str) -> None:
+    from . import cache_cases, cache_jit
+    from .driver import standing_in
+
+    if what == "cache_growing":
+        compiled = cache_jit.compiles_while_growing(80)
+        assert set(compiled.values()) == {1}, f"needless binaries: {compiled}"
+    else:
+        with standing_in(80):
+            cache_cases.case_named(what).run("triton")
+
+
 def by_budget(what: str) -> None:
-    """The forward's row for bf16, head dim 64, causal on sm_80; or those of a row op's kernels."""
+    """The forward's row for bf16, head dim 64, causal on sm_80; or those of another op."""
     from . import budget
 
     if what.startswith(ROWS):
@@ -160,6 +180,8 @@ def by_budget(what: str) -> None:
     elif what.startswith(RECURRENT):
         step = ["recurrent_step_kernel"]
         rows = list(budget.recurrent_rows(["sm_80"], ["bf16"], ["lstm few"], step))
+    elif what.startswith(CACHE):
+        rows = list(budget.cache_rows(["sm_80"], ["bf16"], [64], ["decode"]))
     else:
         rows = [
             row
@@ -318,6 +340,8 @@ def panel(mutation: Mutation) -> list[str]:
         checks |= {"driver": f"driver:{case}", "budget": "budget:row_norm"}
     if case.startswith(RECURRENT):
         checks |= {"driver": f"driver:{case}", "budget": "budget:rec_step"}
+    if case.startswith(CACHE):
+        checks |= {"driver": f"driver:{case}", "budget": "budget:cache_attend"}
     checks |= {rung: mutation.by}
     return [*checks.values(), f"interpreter:{case}"]  # last: it may take the process along
 

@@ -8,6 +8,8 @@ from rungs import jit
 from rungs.calls import attend, check
 from rungs.driver import standing_in
 
+pytestmark = pytest.mark.sampled(2)
+
 LAYOUTS = tuple(jit.layouts())
 
 

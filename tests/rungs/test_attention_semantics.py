@@ -14,6 +14,8 @@ from rungs.calls import attend, check, tiles_of
 from rungs.cases import CASES, FAR, Case
 from rungs.semantics import semantics
 
+pytestmark = pytest.mark.sampled(3)
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str) -> None:

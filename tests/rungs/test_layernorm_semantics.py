@@ -9,6 +9,8 @@ from rungs import row_cases
 from rungs.calls import tiles_of
 from rungs.semantics import semantics
 
+pytestmark = pytest.mark.sampled(3)
+
 
 @pytest.mark.parametrize("name", row_cases.CASES)
 def test_case(name: str) -> None:

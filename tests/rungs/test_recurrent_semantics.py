@@ -11,6 +11,8 @@ from rungs import recurrent_cases
 from rungs.mutations import MUTATIONS
 from rungs.semantics import semantics
 
+pytestmark = pytest.mark.sampled(2)
+
 FEW = ("rec_lstm_steps", "rec_gru_sequence")
 # These run in every `make verify` as it is: test_mutants.py holds the kernels without a bug to
 # every check that it names.

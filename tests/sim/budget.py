@@ -40,10 +40,15 @@ _WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 _ELEMENTS = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 _DTYPES = {0: "fp32", 1: "bf16", 2: "fp16"}  # csrc/operands.h
 # Of a Config<element, head dim[, laden[, atomics]]>, of an element, or no template. The head dim of
-# a recurrence is the hidden units of a block, of one step of it the gates.
+# a step of a recurrence is the gates.
 _KERNEL = re.compile(
-    r"\d((?:attention|layernorm_ffn|lstm|gru|rnn|recurrent_step)_\w+?_kernel)"
+    r"\d((?:attention|layernorm_ffn|recurrent_step)_\w+?_kernel)"
     r"(?:INS\w*?_6ConfigI(\w+?)Li(\d+)E(?:Lb(\d)E)?(?:Lb(\d)E)?|I(f|6__half|13__nv_bfloat16)E)?"
+)
+# Of a RecurrentConfig<cell, element, hidden units of a block>, which are the head dim.
+_RECURRENCE = re.compile(
+    r"\drecurrent_(fwd|bwd)_kernelINS\w*?_15RecurrentConfigINS\w*?_\d(Lstm|Gru|Rnn)CellE"
+    r"(f|6__half|13__nv_bfloat16)Li(\d+)E"
 )
 _NO_PRODUCT = ("prepare", "dsinks", "dq", "end", "sum")
 
@@ -167,6 +172,9 @@ def _figures(cubin: Path) -> dict[str, list[int]]:
 
 def variant(function: str) -> str:
     """The variant's name, from the mangled one."""
+    if match := _RECURRENCE.search(function):
+        way, cell, element, units = match.groups()
+        return _name(f"{cell.lower()}_{way}_kernel", _ELEMENTS[element], int(units), True, False)
     match = _KERNEL.search(function)
     if match is None:
         raise BudgetError(f"no variant of a kernel that the budget knows: {function}")

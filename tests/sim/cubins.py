@@ -18,6 +18,7 @@ from .budget import ARCHS, BudgetError, variant, variants
 # The wheel has no code of these: they run that of the same major version.
 _RUNS = {"sm_86": "sm_80", "sm_89": "sm_80"}
 EVERY = tuple(sorted((*ARCHS, *_RUNS), key=lambda arch: int(arch.removeprefix("sm_"))))
+_OF_STEPS = ("sm_80", "sm_90")
 _WANTED = re.compile(r" bf16 d(64|128) ")
 _RARE = re.compile(r"^(?!attention)|bwd_(shared|weights)_|atomics")
 
@@ -28,9 +29,12 @@ def write(folder: Path, archs: Iterable[str]) -> int:
     table = {n: v for n, v in variants().items() if _WANTED.search(n) and not _RARE.search(n)}
     with_plain = {v["kernel"] for v in table.values() if not v["laden"]}
     table = {n: v for n, v in table.items() if not (v["laden"] and v["kernel"] in with_plain)}
+    archs = tuple(archs)
     entries = [entry for arch in archs for entry in _entries(folder, arch, table)]
-    (folder / "kernels.json").write_text(json.dumps({"kernels": entries}, indent=1) + "\n")
-    return len(entries)
+    steps = [entry for arch in archs if arch in _OF_STEPS for entry in _recurrent(folder, arch)]
+    listed = {"kernels": entries, "recurrent": steps}
+    (folder / "kernels.json").write_text(json.dumps(listed, indent=1) + "\n")
+    return len(entries) + len(steps)
 
 
 def _entries(folder: Path, arch: str, table: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,6 +49,18 @@ def _entries(folder: Path, arch: str, table: dict[str, Any]) -> list[dict[str, A
     if missing := table.keys() - found.keys():
         raise BudgetError(f"{arch}: in a launcher's table, in no cubin: {', '.join(missing)}")
     return list(found.values())
+
+
+def _recurrent(folder: Path, arch: str) -> list[dict[str, Any]]:
+    """The kernels that keep W_hh: bench/model/recurrent.py models these architectures alone."""
+    found = []
+    for name in ("gru", "lstm", "rnn"):
+        cubin = f"{name}.{arch}.cubin"
+        shutil.copyfile(build.cubin(build.CSRC / "cuda" / f"{name}.cu", arch), folder / cubin)
+        for function in _functions(folder / cubin):
+            kernel = variant(function).rsplit(" ", 1)[0]
+            found.append({"name": kernel, "arch": arch, "cubin": cubin, "function": function})
+    return sorted(found, key=lambda entry: entry["name"])
 
 
 def _entry(arch: str, cubin: str, function: str, name: str, v: dict[str, Any]) -> dict[str, Any]:

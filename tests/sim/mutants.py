@@ -157,6 +157,7 @@ RECURRENT_CASES: dict[str, tuple[dict[str, Any], int]] = {
     "rnn_grid": ({"H": 40, "B": 5, "mask": True}, 1),
     "rnn_gru": ({"H": 20, "B": 5, "T": 3, "cell": GRU}, 1),
     "rnn_ragged": (_RAGGED, 1),
+    "rnn_torn": ({"H": 40, "B": 5}, 1),  # warps in random order, torn apart
     "rnn_tiles": ({"H": 100, "B": 40, "T": 2}, 1),
     "rnn_block": ({"H": 40, "B": 5, "T": 3}, 0),
     "rnn_step": ({**_RAGGED, "mask": True}, 2),
@@ -173,7 +174,7 @@ def _recurrence(name: str, dtype: torch.dtype) -> tuple[Recurrence, int]:
 
 
 def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) -> None:
-    from . import operators
+    from . import operators, ptx
 
     _use(mutation, sources, () if case in RECURRENT_CASES else (FWD,))
     with operators.on_cpu() as gpu:
@@ -183,6 +184,8 @@ def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) 
             elif case == "ffn_huge":
                 _ffn_huge()
             elif case in RECURRENT_CASES:
+                if case == "rnn_torn":
+                    gpu.schedule = ptx.Schedule(seed=3, order="random")
                 judge_recurrence(*_recurrence(case, _DTYPES[only[0]]))
             elif case in FFN_CASES:
                 judge_ffn(FFN_CASES[case](_DTYPES[only[0]]), "cuda")

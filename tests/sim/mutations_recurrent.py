@@ -75,6 +75,15 @@ RECURRENT = (
         "deadlock",
     ),
     _bug(
+        "one_block_too_few_is_waited_for",
+        BARRIER,
+        "target_ += blocks_;",
+        "target_ += blocks_ - 1;",
+        "the last block's h is read before it has arrived",
+        "ptx:rnn_torn",
+        "Race",
+    ),
+    _bug(
         "steps_without_a_grid_barrier",
         FWD,
         "if (s + 1 < p.T) meet();",

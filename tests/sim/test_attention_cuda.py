@@ -27,7 +27,7 @@ from fastattn.ops.attention_op import Shared
 from sim import ptx
 from sim.cudart import Device
 
-pytestmark = pytest.mark.usefixtures("gpu")
+pytestmark = [pytest.mark.usefixtures("gpu"), pytest.mark.sampled(3)]
 
 SMALL = {"b": 2, "h": 2, "hk": 1, "sq": 37, "sk": 41, "d": 24, "dv": 20}
 TWO = [torch.float32, torch.bfloat16]

@@ -16,6 +16,8 @@ from tools import featured, packed, padded
 from fastattn.kernels import attention as kernels
 from sim import ptx, triton_launches
 
+pytestmark = pytest.mark.sampled(2)
+
 SMALL = {"b": 1, "h": 2, "hk": 1, "sq": 21, "sk": 35, "d": 12, "dv": 10}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Together every feature, each dtype with each kind of code; more would be more of Triton's time.

@@ -8,6 +8,8 @@ import torch
 from sim.emu import agreeing, run
 from sim.emu_attention import PROGRAM, forward
 
+pytestmark = pytest.mark.sampled(3)
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tails of rows, keys and columns; grouped heads; nothing visible; element-wise copies.
 CASES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from fastattn import reference
 from sim import ptx
 from sim.cudart import Device
 
-pytestmark = pytest.mark.usefixtures("gpu")
+pytestmark = [pytest.mark.usefixtures("gpu"), pytest.mark.sampled(2)]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 full = pytest.mark.full

@@ -20,6 +20,8 @@ from tools import (
 import fastattn
 from fastattn import reference
 
+pytestmark = pytest.mark.sampled(2)
+
 
 @pytest.mark.parametrize("frozen", [1, 3, 5, 6, 7, 8, 11, 15, 19, 23, 24, 27, 28, 30])
 def test_only_inputs_that_need_a_gradient_get_one(frozen: int) -> None:

@@ -20,6 +20,8 @@ from tools import (
 
 from fastattn.kernels import attention as kernels
 
+pytestmark = pytest.mark.sampled(2)
+
 
 def poisoned(problem: Problem, q_lens: torch.Tensor, k_lens: torch.Tensor) -> Problem:
     """NaN and inf in all that lies beyond the lengths, upstream too."""

@@ -32,6 +32,8 @@ import fastattn
 from fastattn import reference
 from fastattn.kernels import configs
 
+pytestmark = pytest.mark.sampled(2)
+
 SMALL = {"b": 2, "h": 2, "hk": 1, "sq": 37, "sk": 41, "d": 24, "dv": 20}
 F32 = torch.float32
 NOTHING = (None,) * 9

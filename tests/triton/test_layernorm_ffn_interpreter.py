@@ -18,6 +18,8 @@ from fastattn import nn
 from fastattn.backends import whole_block
 from fastattn.ops import layernorm_triton
 
+pytestmark = pytest.mark.sampled(2)
+
 
 @pytest.fixture(autouse=True)
 def way(request: pytest.FixtureRequest) -> Iterator[str]:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 import fastattn
 
+pytestmark = pytest.mark.sampled(2)
+
 WIDE = 150  # columns that do not fit a tile
 
 

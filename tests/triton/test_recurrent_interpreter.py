@@ -14,6 +14,8 @@ from test_layernorm_interpreter import launches
 from fastattn.kernels import recurrent as kernels
 from fastattn.ops import recurrent_triton
 
+pytestmark = pytest.mark.sampled(2)
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 STEP, STEP_BACK, DH = (
     "recurrent_step_kernel", "recurrent_step_backward_kernel", "hidden_gradient_kernel",

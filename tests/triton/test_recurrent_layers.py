@@ -9,6 +9,8 @@ from recurrent_tools import judge, make
 
 from fastattn.ops import recurrent_gpu, recurrent_triton
 
+pytestmark = pytest.mark.sampled(2)
+
 CASES: dict[str, dict[str, Any]] = {
     "two_directions": {"D": 2, "L": 2},
     "lengths": {"B": 3, "lengths": [2, 5, 0], "D": 2},

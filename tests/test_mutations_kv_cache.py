@@ -1,0 +1,160 @@
+"""Bugs planted in the CPU kernels of attention over a cache, one at a time: some case must fail
+for each. The machinery is that of test_mutations.py, the rule that of tools.py."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mutant
+import numpy as np
+import pytest
+import torch
+from kv_cache_tools import CACHES, assert_same_bits, featured, lengths
+from mutations import Mutation, sample
+from mutations_kv_cache import MUTATIONS
+from test_mutations import CPU, HERE, JOBS, build, mutate
+from tools import assert_within, one_thread
+
+# feature of kv_cache_tools.py, and sizes.
+CASES: dict[str, dict[str, Any]] = {
+    "decoding": {"feature": "plain", "d": 19, "dv": 23},
+    "pages": {"feature": "rotary_pairs", "page_size": 7, "h": 8},
+    "ragged": {"feature": "everything", "page_size": 5, "d": 18},
+    "short": {"feature": "not_causal_short"},
+    "entries": {"feature": "cache_index"},
+    "ragged_rotary": {"feature": "rotary_ragged", "page_size": 16},
+    "rows": {"feature": "gqa_8", "sq": 2, "dv": 30},
+    "parts": {"feature": "plain", "lens": (1100, 0), "capacity": 1300, "d": 8, "h": 2, "hk": 1},
+    "chunks": {
+        "feature": "plain", "lens": (1100, 9), "capacity": 1300, "d": 8, "h": 2, "hk": 1, "sq": 30,
+    },
+    "paged_chunks": {
+        "feature": "plain", "lens": (1100, 9), "capacity": 1300, "d": 8, "h": 2, "hk": 1, "sq": 30,
+        "page_size": 300,
+    },
+    "one_item": {
+        "feature": "plain", "lens": (1100,), "capacity": 30000, "d": 8, "h": 2, "hk": 1, "sq": 30,
+    },
+}  # fmt: skip
+
+
+class Case:
+    """A call, and what is right."""
+
+    def __init__(self, feature: str, **sizes: Any) -> None:
+        self.call = call = featured(feature, index_dtype=torch.int64, **sizes)
+        with one_thread():
+            self.right, self.plain = call.in_dtype(torch.float64), call.in_dtype(torch.float32)
+            self.caches = call.run("reference")
+        t, options = call.tensors, call.options
+        B, H, Sq, D = t["q"].shape
+        _, Hk, slots, Dv = t["v_cache"].shape
+        columns = t["block_table"].shape[1] if "block_table" in t else 1
+        cos, sin = options.get("rotary", (None, None))
+        left, right = (-1 if w is None else w for w in options.get("window", (None, None)))
+        _, new_lens, _ = lengths(t)
+        numbers = {
+            "B": B, "H": H, "Hk": Hk, "Sq": Sq, "Sn": t["k"].shape[2] if "k" in t else 0, "D": D,
+            "Dv": Dv, "slots": slots, "columns": columns, "ragged": "new_lens" in t,
+            "half": 0 if cos is None else cos.shape[1],
+            "interleaved": options.get("rotary_interleaved", False),
+            "causal": options.get("causal", True), "left": left, "right": right, "alibi_b": 0,
+            "threads": 2, "scale": options.get("scale", D**-0.5),
+            "softcap": options.get("softcap", 0.0),
+        }  # fmt: skip
+        given = {**t, "new_lens": new_lens, "cos": cos, "sin": sin}
+        given |= {"alibi": options.get("alibi_slopes"), "sinks": options.get("sinks")}
+        if "mask" in options:
+            given["mask"] = options["mask"].expand(B, H, Sq, slots * columns).contiguous()
+        self.arrays = {n: x.numpy() for n, x in given.items() if x is not None}
+        self.arrays |= {n: np.asarray(x) for n, x in numbers.items()}
+
+    def verdict(self, results: dict[str, np.ndarray]) -> str | None:
+        """None where the results are right, else what is wrong with them."""
+        found = {n: torch.from_numpy(x) for n, x in results.items()}
+        try:
+            for name in CACHES:
+                assert_same_bits(name, found[name], self.caches[name])
+            for name, x in self.right.items():
+                floor = 0.0 if name == "o" else 1e-6 * (1.0 + self.call.largest_logit())
+                assert_within(name, found[name], x, [self.plain[name]], floor)
+        except AssertionError as error:
+            return str(error).splitlines()[0]
+        return None
+
+
+class Lab:
+    """The cases, and a folder to build mutants in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cases = {n: Case(**spec) for n, spec in CASES.items()}
+        self.inputs = folder / "in.npz"
+        np.savez(
+            self.inputs,
+            **{f"{c}/{n}": x for c, case in self.cases.items() for n, x in case.arrays.items()},
+        )
+
+    def failures(self, mutation: Mutation | None) -> dict[str, str]:
+        """What each case finds wrong, by case; a death is found by all."""
+        built = build(
+            self.folder / (mutation.name if mutation else "none"), mutation,
+            shim="mutant_kv_cache_shim.cpp", source="attention_kv_cache_portable.cpp",
+        )  # fmt: skip
+        out = built.with_name("out.npz")
+        command = [sys.executable, str(HERE / "mutant_kv_cache.py"), built, self.inputs, out]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        except subprocess.TimeoutExpired:
+            return {"(all)": "does not end"}
+        if done.returncode < 0:
+            return {"(all)": f"died of signal {-done.returncode}"}
+        assert done.returncode == 0, done.stderr
+        with np.load(out) as file:
+            found = mutant.nested(dict(file))
+        verdicts = {n: case.verdict(found[n]) for n, case in self.cases.items()}
+        return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    torch.manual_seed(0)
+    return Lab(tmp_path_factory.mktemp("kv_cache_mutants"))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutation_has_its_place(mutation: Mutation) -> None:
+    text = (CPU / mutation.file).read_text()
+    assert mutate(text, mutation) != text
+
+
+def test_names_are_unique() -> None:
+    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+
+
+def test_the_kernels_themselves_pass(lab: Lab) -> None:
+    assert lab.failures(None) == {}
+
+
+@pytest.mark.slow
+def test_a_sample_of_mutations_is_caught(lab: Lab) -> None:
+    assert survivors(lab, sample(MUTATIONS)) == []
+
+
+@pytest.mark.full
+def test_every_mutation_is_caught(lab: Lab) -> None:
+    assert survivors(lab, MUTATIONS) == []
+
+
+def survivors(lab: Lab, mutations: Sequence[Mutation]) -> list[str]:
+    with ThreadPoolExecutor(JOBS) as pool:
+        found = [*pool.map(lab.failures, mutations)]
+    caught = {m.name: failures for m, failures in zip(mutations, found, strict=True)}
+    for name, failures in caught.items():
+        print(f"{name:32} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
+    idle = [c for c in lab.cases if not any(c in failures for failures in caught.values())]
+    print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
+    return [name for name, failures in caught.items() if not failures]

@@ -1,0 +1,413 @@
+"""``fastattn.tune`` and its cache."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastattn
+from fastattn import choices
+from fastattn.tune import GAIN, decide
+
+randn = torch.randn
+Args = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own, empty."""
+    monkeypatch.setenv("FASTATTN_TUNE_CACHE", str(tmp_path / "cache"))
+    choices.forget()
+    yield tmp_path / "cache"
+    choices.forget()
+
+
+# --- what auto takes ---------------------------------------------------------------------------
+
+
+def _attend(**more: Any) -> Tensor:
+    torch.manual_seed(3)
+    return fastattn.attention(*(randn(1, 2, 33, 8) for _ in range(3)), **more)
+
+
+def _attend_twice() -> None:
+    _attend()
+    _attend(causal=True)
+
+
+CLASS = "attention cpu float32 inference 1x64x64 2 2 8 8 0 ------ -1,-1,-,-,0,+"
+STOCK: dict[str, Any] = {"backend": "torch", "usual": "cpu", "seconds": {}}
+OURS = {**STOCK, "backend": "cpu"}
+
+
+@pytest.fixture
+def stock_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry a call of torch's attention."""
+    from fastattn.ops import stock
+
+    calls: list[int] = []
+    plain = stock._sdpa
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(stock, "_sdpa", counted)
+    return calls
+
+
+def test_without_a_file_nothing_changes(stock_calls: list[int], cache: Path) -> None:
+    assert torch.equal(_attend(), _attend(backend="cpu"))
+    assert not stock_calls
+    assert not cache.exists()
+
+
+def test_a_choice_is_taken_and_an_explicit_backend_wins(stock_calls: list[int]) -> None:
+    choices.store({CLASS: STOCK})
+    _attend()
+    assert len(stock_calls) == 1
+    ours = _attend(backend="cpu")
+    assert len(stock_calls) == 1
+    # Read anew, as another process would, and the other way round.
+    choices.store({CLASS: OURS})
+    choices.forget()
+    assert torch.equal(_attend(), ours)
+    assert len(stock_calls) == 1
+
+
+def test_a_choice_is_for_its_class_alone(stock_calls: list[int]) -> None:
+    choices.store({CLASS: STOCK})
+    _attend(causal=True)
+    _attend(return_lse=True)
+    fastattn.attention(*(randn(1, 2, 65, 8) for _ in range(3)))
+    fastattn.attention(*(randn(1, 2, 33, 8, dtype=torch.bfloat16) for _ in range(3)))
+    fastattn.attention(*(randn(1, 2, 33, 8, requires_grad=True) for _ in range(3)))
+    assert not stock_calls
+    fastattn.attention(*(randn(1, 2, 64, 8) for _ in range(3)))  # rounded up: the same class
+    assert stock_calls
+
+
+def test_what_the_table_says_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices.store({CLASS: OURS})
+    monkeypatch.setattr(choices, "pick", None)
+    assert torch.equal(_attend(), _attend(backend="cpu"))
+
+
+def test_a_choice_that_cannot_serve_is_passed_over() -> None:
+    choices.store({CLASS: {**STOCK, "backend": "cuda"}})
+    assert torch.equal(_attend(), _attend(backend="cpu"))
+    lse = CLASS.replace("-1,-1,-,-,0,+", "-1,-1,-,+,0,+")
+    choices.store({lse: STOCK})  # by hand: torch returns no lse
+    assert len(_attend(return_lse=True)) == 2
+
+
+def test_compiled_graphs_take_the_table(stock_calls: list[int]) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = torch.compile(lambda q: fastattn.attention(q, q, q), backend=counter, fullgraph=True)
+    q = randn(1, 2, 33, 8)
+    before = compiled(q)
+    choices.store({CLASS: STOCK})
+    fastattn.attention(q, q, q)
+    assert len(stock_calls) == 1
+    assert torch.equal(compiled(q), before)
+    assert (counter.frame_count, len(stock_calls)) == (1, 1)
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def _broken(cache: Path, change: Callable[[Any], Any]) -> None:
+    path = choices.store({CLASS: STOCK})
+    path.write_text(change(json.loads(path.read_text())))
+    choices.forget()
+
+
+def _with(**more: Any) -> Callable[[Any], str]:
+    return lambda stored: json.dumps({**stored, **more})
+
+
+BROKEN: dict[str, tuple[Callable[[Any], str], str]] = {
+    "cut off": (lambda stored: json.dumps(stored)[:40], "not JSON"),
+    "empty": (lambda stored: "", "not JSON"),
+    "a list": (lambda stored: "[1]", "not of format"),
+    "a later format": (_with(format=99), "not of format"),
+    "another machine": (_with(machine={"cpu": "abacus"}), "another machine"),
+    "no choices": (_with(choices=None), "no choices"),
+    "unknown backend": (_with(choices={CLASS: {"backend": "x", "time": 1}}), "a choice that is"),
+    "not even a dict": (_with(choices={CLASS: 7}), "a choice that is"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_bad_file_is_ignored_with_one_warning(
+    name: str, cache: Path, stock_calls: list[int]
+) -> None:
+    change, why = BROKEN[name]
+    _broken(cache, change)
+    with pytest.warns(UserWarning, match=why) as caught:
+        _attend_twice()
+    assert len(caught) == 1
+    assert not stock_calls
+    # What is stored next does not need the bad file, and the good entries are taken.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        choices.store({CLASS: STOCK})
+    _attend()
+    assert stock_calls
+
+
+def test_only_foreign_files(cache: Path, stock_calls: list[int]) -> None:
+    """Of another thread count, such as a shared home or a new torch leave them."""
+    choices.store({CLASS: STOCK})
+    choices.forget()
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    with pytest.warns(UserWarning, match="another machine, thread count or version") as caught:
+        _attend_twice()
+    assert len(caught) == 1
+    assert not stock_calls
+    # With choices of its own a machine has nothing to say about others'.
+    choices.store({CLASS: STOCK})
+    choices.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _attend()
+    assert stock_calls
+
+
+def test_a_folder_that_is_none(cache: Path) -> None:
+    cache.write_text("a file")
+    assert torch.equal(_attend(), _attend(backend="cpu"))
+    with pytest.raises(OSError, match="cache"):
+        choices.store({CLASS: STOCK})
+
+
+WRITER = """
+import sys, time
+from fastattn import choices
+mine, other = sys.argv[1], sys.argv[2]
+folder = choices.folder()
+folder.mkdir(parents=True, exist_ok=True)
+(folder / f"ready-{mine}").touch()
+while not (folder / f"ready-{other}").exists():
+    time.sleep(0.001)
+for i in range(40):
+    choices.store({f"{mine} {i}": {"backend": "cpu", "usual": "cpu", "seconds": {}}})
+"""
+
+
+def test_two_writers_lose_nothing(cache: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, *names], env=environment)
+        for names in (("a", "b"), ("b", "a"))
+    ]
+    assert [w.wait(300) for w in writers] == [0, 0]
+    choices.load()
+    assert choices._entries is not None
+    assert set(choices._entries) == {f"{who} {i}" for who in "ab" for i in range(40)}
+    assert not list(cache.glob("*.part"))
+    assert len(list(cache.glob("tune-*.json"))) <= 2
+
+
+def test_the_newest_choice_counts(cache: Path, stock_calls: list[int]) -> None:
+    """Two files that know the same class, as two writers may leave them."""
+    first = choices.store({CLASS: OURS})
+    older = first.read_text()
+    choices.store({CLASS: STOCK})
+    first.with_name(first.name.replace("tmp", "zzz")).write_text(older)
+    choices.forget()
+    _attend()
+    assert stock_calls
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+MODEL = """
+import torch
+def make():
+    return torch.nn.LSTM(8, 8), torch.zeros(3, 2, 8)
+def alone():
+    return torch.nn.LayerNorm(8)
+inputs = torch.zeros(3, 8)
+def nothing():
+    return 7
+"""
+
+
+def _command(*args: str) -> Any:
+    from typer.testing import CliRunner
+
+    from fastattn.cli.app import app
+
+    return CliRunner().invoke(app, ["tune", "--seconds", "0.01", *args])
+
+
+def test_the_command_tunes_a_model(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(MODEL)
+    done = _command(f"{path}:make", "--training", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert [row["class"].split()[0] for row in result["rows"]] == ["lstm"]
+    assert set(result["rows"][0]["seconds"]) == {"cpu", "torch"}
+    assert Path(result["path"]).parent == cache
+    done = _command(f"{path}:alone", "--inputs", f"{path}:inputs", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "layer_norm" in done.stdout
+    assert "nothing stored" in done.stdout
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_command_tunes_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "calls.json"
+    calls: list[dict[str, Any]] = [
+        {"op": "attention", "H": 2, "S": 9, "D": 8, "causal": True, "dtype": "bf16"},
+        {"op": "layer_norm", "rows": 3, "D": 8}, {"op": "rms_norm", "rows": 3, "D": 8},
+        {"op": "add_layer_norm", "rows": 3, "D": 8}, {"op": "layernorm_ffn", "rows": 3, "D": 8},
+        {"op": "lstm", "T": 3, "I": 4, "H": 8, "layers": 2, "bidirectional": True},
+        {"op": "gru", "T": 3, "B": 2, "I": 4, "H": 8},
+    ]  # fmt: skip
+    path.write_text(json.dumps(calls))
+    done = _command(str(path), "--json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["class"].split()[0] for row in rows] == [call["op"] for call in calls]
+
+
+MISTAKES: dict[str, tuple[str, str]] = {
+    "no file": ("absent.json", "No such file"),
+    "no module": ("absent_module:make", "no module named absent_module"),
+    "no name": ("mine.py:absent", "has no absent"),
+    "no form": ("mine", "is not of the form"),
+    "no model": ("mine.py:nothing", "is no torch.nn.Module"),
+    "no inputs": ("mine.py:alone", "--inputs MODULE:NAME is needed"),
+    "not JSON": ("text.json", "is not JSON"),
+    "not a list": ("dict.json", "must hold a list of calls"),
+    "unknown op": ("op.json", "call 0: op must be one of"),
+    "missing size": ("size.json", r"missing: ['S', 'D']"),
+    "bad size": ("bad.json", "H must be a int, got -3"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(MODEL)
+    (tmp_path / "text.json").write_text("[")
+    (tmp_path / "dict.json").write_text("{}")
+    (tmp_path / "op.json").write_text('[{"op": "convolution"}]')
+    (tmp_path / "size.json").write_text('[{"op": "attention", "H": 2}]')
+    (tmp_path / "bad.json").write_text('[{"op": "attention", "H": -3, "S": 1, "D": 1}]')
+    monkeypatch.chdir(tmp_path)
+    what, why = MISTAKES[name]
+    done = _command(what)
+    assert done.exit_code == 2
+    assert why in done.stderr
+    assert done.stderr.startswith("fastattn tune: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not cache.exists()
+
+
+# --- tune --------------------------------------------------------------------------------------
+
+
+def test_the_usual_backend_stays_within_noise() -> None:
+    assert decide("cpu", {"cpu": [1.0] * 9, "torch": [1.0 / (GAIN - 0.01)] * 9})[0] == "cpu"
+    assert decide("cpu", {"cpu": [1.0] * 9, "torch": [0.5] * 9}) == ("torch", 2.0)
+    assert decide("cpu", {"cpu": [1.0] * 9, "torch": [0.5] * 6 + [2.0] * 3})[0] == "cpu"
+    few = {"cpu": [6e-6] * 9, "torch": [4e-6] * 9}  # looking it up would cost as much
+    assert decide("cpu", few)[0] == "cpu"
+    three = {"cuda": [1.0] * 9, "triton": [0.8] * 9, "torch": [0.7] * 9}
+    assert decide("cuda", three)[0] == "torch"
+
+
+def _model() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 3), fastattn.nn.LSTM(32, 16))
+
+
+class _First(nn.Module):
+    """The output of an LSTM without its states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _model()
+        fastattn.swap(self.inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[0]  # type: ignore[no-any-return]
+
+
+def test_a_model_is_tuned_and_auto_takes_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.measure import interleave
+
+    module = sys.modules["fastattn.tune"]
+
+    def torch_wins(fns: dict[str, Callable[[], object]], **_: Any) -> dict[str, list[float]]:
+        interleave(fns, rounds=1, warmup=1, min_seconds=0.0)  # every contestant does run
+        return {name: [0.5 if name == "torch" else 1.0] * 5 for name in fns}
+
+    monkeypatch.setattr(module.measure, "interleave", torch_wins)
+    model, x = _First(), randn(2, 9, 32)
+    before = model.train()(x)
+    seen: list[tuple[int, int]] = []
+    report = fastattn.tune(model, x, progress=lambda done, of, _: seen.append((done, of)))
+    ops = [row.name.split()[0] for row in report.rows]
+    assert ops == ["attention", "add_layer_norm", "layernorm_ffn", "lstm"]  # one of equal layers
+    assert seen == [(i, 4) for i in range(4)]
+    assert all(
+        row.chosen == "torch" and set(row.seconds) == {"cpu", "torch"} for row in report.rows
+    )
+    assert report.path is not None
+    assert "torch" in str(report)
+    assert all("training" in row.name for row in report.rows)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert sys.getprofile() is None
+    assert choices.observer is None
+
+    report = fastattn.tune(model.eval(), [x, randn(2, 30, 32)])
+    kinds = [row.name.split()[0] for row in report.rows]
+    assert kinds == ["encoder_layer", "lstm"] * 2  # two lengths
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert len(choices._entries or {}) == 8
+
+
+def test_examples_come_in_three_forms() -> None:
+    def call(x: Tensor, weight: Tensor | None = None) -> object:
+        return fastattn.layer_norm(x, 8, weight)
+
+    x = randn(3, 8)
+    for example in (x, (x, torch.ones(8)), {"x": x, "weight": torch.ones(8)}):
+        report = fastattn.tune(call, example, seconds=0.01, store=False)
+        assert [row.usual for row in report.rows] == ["cpu"]
+        assert report.path is None
+
+
+def test_what_has_one_backend_is_reported_too(cache: Path) -> None:
+    def call(q: Tensor) -> object:
+        return fastattn.attention(q, q, q, window=(2, 0))
+
+    (row,) = fastattn.tune(call, randn(1, 2, 9, 8), seconds=0.01).rows
+    assert (row.chosen, set(row.seconds)) == ("cpu", {"cpu"})
+
+
+def test_nothing_to_tune(cache: Path) -> None:
+    with pytest.raises(ValueError, match=r"fastattn\.swap\(model\) first"):
+        fastattn.tune(nn.Linear(3, 3), randn(2, 3))
+    with pytest.raises(ZeroDivisionError):
+        fastattn.tune(lambda: 1 // 0, ())
+    assert sys.getprofile() is None
+    assert choices.observer is None
+    assert not cache.exists()
