@@ -9,7 +9,7 @@ SECTIONS = {
     "layernorm_ffn": "LayerNorm + FFN, its parts, linear + cross entropy",
     "embedding": "Embedding",
     "recurrent": "LSTM, GRU, RNN and their cells",
-    # "kv_cache": "Attention with a KV cache",
+    "kv_cache": "Attention with a KV cache",
     "models": "Whole models",
 }
 
