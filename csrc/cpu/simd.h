@@ -153,6 +153,23 @@ FASTATTN_INLINE vf load(const f16* p) {
 FASTATTN_INLINE void store(bf16* p, vf x) {
 #if FASTATTN_LEVEL >= 3
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), __m256i(_mm512_cvtneps_pbh(x)));
+#elif FASTATTN_LEVEL == 2  // from_float of every lane
+  const __m512i u = _mm512_castps_si512(x), high = _mm512_srli_epi32(u, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i r = _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16),
+                                         _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), high,
+                                         _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+#elif FASTATTN_LEVEL == 1
+  const __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i r = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16),
+                                       _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
   for (int i = 0; i < W; ++i) p[i] = from_float<bf16>(x[i]);
 #endif
