@@ -190,6 +190,7 @@ setup(
                 "csrc/bindings/attention.cpp",
                 "csrc/bindings/attention_kv_cache.cpp",
                 "csrc/bindings/embedding.cpp",
+                "csrc/bindings/decoder_layer.cpp",
                 "csrc/bindings/encoder_layer.cpp",
                 "csrc/bindings/layernorm.cpp",
                 "csrc/bindings/layernorm_ffn.cpp",

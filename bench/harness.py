@@ -3,8 +3,8 @@
 A case is a baseline (``stock``: what its user has now), the candidate (``fused``) and its peers, on
 the same tensors. All take turns in one process, in alternating order; a ratio is the median of a
 peer's time over the candidate's in the same round. In the same rounds runs what bounds the case: a
-2048³ GEMM of its dtype, a copy or a read; its rate is the ceiling. Where a case has ``products``, the bare
-GEMMs of its own shapes, they take turns too.
+2048³ GEMM of its dtype, a copy or a read; its rate is the ceiling. Where a case has ``products``,
+the bare GEMMs of its own shapes, they take turns too.
 
 FLOPs and bytes are the useful ones: of the (query, key) pairs that take part, of operands that must
 be read and results that must be written once.
@@ -63,8 +63,8 @@ class Case:
     """One row: ``make`` builds the tensors; targets come from the project's issues.
 
     ratio or share: either passes the row unless both are asked for; share is of the products where
-    there are some, else of the ceiling. max_overhead instead: seconds over the baseline. least: seconds of the baseline
-    below which there is no verdict. memory: peak extra memory in operands.
+    there are some, else of the ceiling. max_overhead instead: seconds over the baseline. least:
+    seconds of the baseline below which there is no verdict. memory: peak extra memory in operands.
     """
 
     name: str

@@ -64,8 +64,9 @@ def decode(
 
         return call
 
+    others = {"torch.compile": quiet(compiled(stock))} if setting.peers else {}
     return Contest(
-        quiet(stock), quiet(fused), {"torch.compile": quiet(compiled(stock))} if setting.peers else {},
+        quiet(stock), quiet(fused), others,
         flops=4.0 * B * H * rows * S * D, bytes=2.0 * B * Hk * S * D * q.element_size(),
     )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 * MiniLM (a real BERT: 6 layers, 384 wide) in inference, against ONNX Runtime too where ``onnx`` and
   ``onnxruntime`` are installed (fp32, as exported);
+* a GPT-2 and a Llama of transformers (6 layers of 256, random) that generate 16 tokens behind
+  prompts of 8, 128 and 1024: ``model.generate``, greedy;
 * an encoder-decoder (torch.nn.Transformer, 3 + 3 layers of 256), a GPT (GPT-2 of transformers, 6
   layers of 384) and an LSTM language model (embedding, 2 x 512, projection), in inference and one
   training step: forward and the gradients of all parameters, no optimizer.
@@ -100,6 +102,34 @@ def random_model(
     return _contest(setting, kind().to(DTYPES[dtype]), inputs, train)
 
 
+def generation(setting: Setting, name: str, dtype: str, S: int) -> Contest:
+    """`model.generate` behind a prompt of S tokens, the prompt's own pass included."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    shared = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    config: Any
+    if name == "GPT-2":
+        config = transformers.GPT2Config(
+            n_embd=256, n_layer=6, n_head=4, n_positions=2048, **shared
+        )
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=2048, **shared,
+        )  # fmt: skip
+    stock = transformers.AutoModelForCausalLM.from_config(config).to(DTYPES[dtype]).eval()
+    fused = copy.deepcopy(stock)
+    fastattn.swap(fused, backend=setting.backend)
+    ids = torch.randint(1, VOCABULARY, (1, S))
+    ones = torch.ones_like(ids)
+
+    def run(model: Any) -> Thunk:
+        return lambda: model.generate(ids, attention_mask=ones, max_new_tokens=16, do_sample=False)
+
+    return Contest(run(stock), run(fused))
+
+
 def _contest(setting: Setting, stock: nn.Module, inputs: dict[str, Tensor], train: bool) -> Contest:
     stock.train(train)
     fused = copy.deepcopy(stock)
@@ -157,6 +187,12 @@ def _cases() -> list[Case]:
             make = partial(random_model, kind=kind, dtype=dtype, B=B, S=S, train=train)
             name, text = f"{short}_{dtype}_{mode}", f"{what} B={B} S={S} {dtype} {word}"
             cases.append(Case(name, text, dtype, make, 1.0))
+    cases += [
+        Case(f"{name.lower().replace('-', '')}_{dtype}_generate_s{S}",
+             f"{name} generate, prompt {S}, {dtype}", dtype,
+             partial(generation, name=name, dtype=dtype, S=S), 1.0)
+        for name in ("GPT-2", "Llama") for dtype in ("fp32", "bf16") for S in (8, 128, 1024)
+    ]  # fmt: skip
     return cases
 
 

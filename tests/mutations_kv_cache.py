@@ -26,8 +26,8 @@ MUTATIONS = (
              "for (int64_t i = 0; i < p_.Sn; ++i)"),
     Mutation("k_not_rotated", ROWS, "if (p_.cos) rotation.turn(k,", "if (false) rotation.turn(k,"),
     # ---- rotation
-    Mutation("position_of_the_row_before", ROWS, "a_.D, first + i, to)",
-             "a_.D, std::max<int64_t>(first + i - 1, 0), to)"),
+    Mutation("position_of_the_row_before", ROWS, "b, i, first + i, to)",
+             "b, i, std::max<int64_t>(first + i - 1, 0), to)"),
     Mutation("q_at_the_end", ROWS, "first = p_.ragged ? p_.cache_len[b] : total - a_.Sq,",
              "first = total - a_.Sq,"),
     Mutation("turned_backwards", ROWS, "rounded(a * c) - rounded(b * s)",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastattn.nn import multihead_attention as mha_module
 from fastattn.nn import transformer as layers_module
+from fastattn.swap import _decoding as decoding_module
 from fastattn.swap import _generation as generation_module
 from fastattn.swap import _inference as inference_module
 from fastattn.swap import _transformers as hf_module
@@ -55,6 +56,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         monkeypatch.setattr(module, "encoder_layer", wrapper)
 
+    def spy_decoding() -> None:
+        original = decoding_module.decoder_layer
+
+        def wrapper(x: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+            record.append(
+                {"op": "attention_with_kv_cache", "q": x[:, None], "k": None, "v": None, **kwargs}
+            )
+            return original(x, k, v, *args, **kwargs)
+
+        monkeypatch.setattr(decoding_module, "decoder_layer", wrapper)
+
+    spy_decoding()
     spy_layers(layers_module)
     spy_layers(inference_module)
     spy(mha_module, "attention")
@@ -62,6 +75,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     spy(hf_module, "attention")
     spy(generation_module, "attention_with_kv_cache")
     return record
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer of a decoder is one op."""
+    monkeypatch.setattr(decoding_module, "serves", lambda *_: False)
 
 
 def outputs_and_grads(model: nn.Module, call: Call, dtype: torch.dtype) -> dict[str, Tensor]:

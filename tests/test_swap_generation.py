@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import transformers
-from swap_tools import Calls, calls  # noqa: F401
+from swap_tools import Calls, calls, in_parts  # noqa: F401
 from torch import Tensor
 from transformers_models import LAYERS, SEQ2SEQ, TEXT, V, build, swapped, tokens
 
@@ -50,6 +50,18 @@ def both(stock: Any, fused: Any, inputs: dict[str, Tensor], **options: Any) -> t
 @pytest.mark.parametrize("kind", ["1", "13", "padded"])
 @pytest.mark.parametrize("name", GENERATING)
 def test_greedy(name: str, kind: str, calls: Calls) -> None:  # noqa: F811
+    greedy(name, kind, calls)
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("kind", ["13", "padded"])
+@pytest.mark.parametrize("name", FUSED)
+def test_greedy_in_parts(name: str, kind: str, calls: Calls) -> None:  # noqa: F811
+    """As where a hook or another part forbids the one op of a layer."""
+    greedy(name, kind, calls)
+
+
+def greedy(name: str, kind: str, calls: Calls) -> None:  # noqa: F811
     stock = build(name)
     fused = swapped(stock)
     got, right = both(stock, fused, inputs_of(name, kind), output_logits=True)

@@ -10,13 +10,10 @@
 // output projection reads them, so nothing is transposed. What it saves is the framework's time
 // between the parts, which at 16 tokens of 384 features is as much as theirs.
 
-#include <array>
-#include <cmath>
-
 #include "../cpu/attention.h"
 #include "../cpu/few_tokens.h"
 #include "attention_args.h"
-#include "row_args.h"
+#include "layer_parts.h"
 
 namespace {
 
@@ -24,41 +21,6 @@ using namespace fastattn;
 using namespace fastattn::binding;
 
 constexpr const char* kOp = "encoder_layer";
-
-template <size_t kSize>
-void call(const char* op, std::array<StableIValue, kSize>& stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-}
-
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
-Tensor linear(const Tensor& x, const Tensor& w, const Opt& b) {
-  std::array<StableIValue, 3> stack{from(x), from(w), from(b)};
-  call("aten::linear", stack);
-  return to<Tensor>(stack[0]);
-}
-
-struct Ffn {
-  Tensor w1, w2;
-  Opt b1, b2, norm_weight, norm_bias;
-  double eps;
-  int64_t act;
-  bool pre_norm;
-};
-
-Tensor layernorm_ffn(const Tensor& x, const Ffn& f) {
-  const Opt none;
-  std::array<StableIValue, 18> stack{
-      from(x),          from(f.w1),  from(f.b1),          from(f.w2),        from(f.b2),
-      from(none),       from(none),  from(f.norm_weight), from(f.norm_bias), from(none),
-      from<int64_t>(1), from(f.eps), from(f.act),         from(f.pre_norm),  from(true),
-      from(0.),         from(0.),    from<int64_t>(0)};
-  call("fastattn::layernorm_ffn_fwd", stack);
-  Tensor y = to<Tensor>(stack[0]);
-  for (size_t i = 1; i < 7; ++i) to<Tensor>(stack[i]);  // ours to free: what a backward would read
-  return y;
-}
 
 // q, k or v (B, S, H D), or a third of one tensor that holds all, as (B, H, S, D).
 Operand heads(const Tensor& x, int64_t S, int64_t D, int64_t part) {

@@ -32,18 +32,6 @@ Tensor mm(const Tensor& a, const Tensor& b, const Tensor& out) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// A matrix that starts `offset` elements behind x's first.
-Tensor view2(const Tensor& x, int64_t rows, int64_t cols, int64_t s0, int64_t s1,
-             int64_t offset = 0) {
-  const int64_t sizes[] = {rows, cols}, strides[] = {s0, s1};
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, offset, &handle));
-  return Tensor(handle);
-}
-Tensor transposed(const Tensor& x) {
-  return view2(x, x.size(1), x.size(0), x.stride(1), x.stride(0));
-}
 Tensor rows_from(const Tensor& x, int64_t m, int64_t n, int64_t N) {
   return view2(x, n, N, N, 1, m * N);
 }

@@ -65,6 +65,20 @@ inline Shape shape_of(const Tensor& x) {
   return s;
 }
 
+// A matrix that starts `offset` elements behind x's first.
+inline Tensor view2(const Tensor& x, int64_t rows, int64_t cols, int64_t s0, int64_t s1,
+                    int64_t offset = 0) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {s0, s1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, offset, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor transposed(const Tensor& x) {
+  return view2(x, x.size(1), x.size(0), x.stride(1), x.stride(0));
+}
+
 inline void* data(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 inline float* floats(const Tensor& x) { return x.numel() ? static_cast<float*>(data(x)) : nullptr; }
 

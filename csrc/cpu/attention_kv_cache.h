@@ -42,9 +42,11 @@ struct AttentionKVCacheParams {
   Indices block_table;  // page of sequence b, column p; absent = contiguous
   int64_t page_size = 0;
 
-  // Rotation of the first 2 * half dims of q and new_k; (positions, half), contiguous.
+  // Rotation of the first 2 * half dims of q and new_k; (positions, half), contiguous, or
+  // (B, Sq, half) for as many rows of new_k.
   const float *cos = nullptr, *sin = nullptr;
   int64_t half = 0;
+  bool tables_of_rows = false;
   bool interleaved = false;  // dim t turns with t ^ 1, else with t + half
 };
 

@@ -65,9 +65,10 @@ class Rotation {
     std::fill_n(a_, 2 * n, 0.f);
   }
 
-  // The row at a position, D elements; to may be x.
-  void turn(const T* x, int64_t D, int64_t position, T* to) {
-    const float *cos = p_.cos + position * half_, *sin = p_.sin + position * half_;
+  // Row i of a sequence, D elements, which stands at a position; to may be x.
+  void turn(const T* x, int64_t D, int64_t b, int64_t i, int64_t position, T* to) {
+    const int64_t at = (p_.tables_of_rows ? b * p_.Sn + i : position) * half_;
+    const float *cos = p_.cos + at, *sin = p_.sin + at;
     const int64_t step = p_.interleaved ? 2 : 1, second = p_.interleaved ? 1 : half_;
     for (int64_t t = 0; t < half_; ++t)
       a_[t] = to_float(x[t * step]), b_[t] = to_float(x[t * step + second]);
@@ -120,7 +121,7 @@ class Preparation {
       const T* k = row<T>(p_.new_k, b, hk, i);
       T* to = reinterpret_cast<T*>(slots.k(first + i));
       if (p_.cos)
-        rotation.turn(k, a_.D, first + i, to);
+        rotation.turn(k, a_.D, b, i, first + i, to);
       else
         std::memcpy(to, k, size_t(a_.D) * sizeof(T));
       std::memcpy(slots.v(first + i), row<T>(p_.new_v, b, hk, i), size_t(a_.Dv) * sizeof(T));
@@ -132,7 +133,7 @@ class Preparation {
                   first = p_.ragged ? p_.cache_len[b] : total - a_.Sq,
                   rows = p_.ragged ? p_.new_len[b] : a_.Sq;
     for (int64_t i = 0; i < rows; ++i)
-      rotation.turn(row<T>(a_.q, b, h, i), a_.D, std::max<int64_t>(first + i, 0),
+      rotation.turn(row<T>(a_.q, b, h, i), a_.D, b, i, std::max<int64_t>(first + i, 0),
                     turned_ + ((b * a_.H + h) * a_.Sq + i) * a_.D);
   }
 

@@ -157,9 +157,9 @@ FASTATTN_INLINE void store(bf16* p, vf x) {
   const __m512i u = _mm512_castps_si512(x), high = _mm512_srli_epi32(u, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i r = _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16),
-                                         _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), high,
-                                         _mm512_set1_epi32(0x40));
+  const __m512i r =
+      _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), high,
+                           _mm512_set1_epi32(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
 #elif FASTATTN_LEVEL == 1
   const __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);

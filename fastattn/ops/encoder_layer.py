@@ -57,9 +57,10 @@ class Weights(NamedTuple):
     norm2_bias: Tensor | None
 
 
-def serves(x: Tensor, backend: str) -> bool:
-    """Whether this call can be the one op: on the CPU, in inference, in a dtype of its kernels, and
-    not under a compiler, a tracer, autocast or a transform, which want to see the parts."""
+def serves(x: Tensor, backend: str, op: str = "encoder_layer") -> bool:
+    """Whether this call can be the one op of a layer: on the CPU, in inference, in a dtype of its
+    kernels, and not under a compiler, a tracer, autocast or a transform, which want to see the
+    parts."""
     return (
         not torch.is_grad_enabled()
         and type(x) is Tensor
@@ -72,7 +73,7 @@ def serves(x: Tensor, backend: str) -> bool:
         and torch._C._get_tracing_state() is None
         and not transformed()
         and not torch._C._len_torch_dispatch_stack()
-        and select("encoder_layer", backend, "cpu", x.dtype) == "cpu"
+        and select(op, backend, "cpu", x.dtype) == "cpu"
     )
 
 

@@ -12,6 +12,7 @@ from fastattn.nn._plain import activation_name, drop_probability
 from fastattn.ops.layernorm import add_layer_norm, norm_backend, rms_norm
 from fastattn.ops.layernorm_ffn import ffn_backend, layernorm_ffn
 from fastattn.swap._block import Block, parts_of
+from fastattn.swap._decoding import gpt2_layer, llama_layer
 from fastattn.swap._inference import bert_layer_in_inference, distilbert_layer_in_inference
 
 # ------------------------------------------------------------------------- BERT, RoBERTa: post-norm
@@ -141,7 +142,7 @@ class DistilBertBlock(Block):
 
 
 class Gpt2Block(Block):
-    """The feed-forward half of a GPT-2 layer as one op.
+    """The feed-forward half of a GPT-2 layer as one op; in generation on the CPU the whole layer.
 
     Its Conv1D stores a weight as (in, out); the op gets the transposed view, of the same memory.
     """
@@ -165,6 +166,10 @@ class Gpt2Block(Block):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
+        if encoder_hidden_states is None:
+            y = gpt2_layer(self, hidden_states, past_key_values, attention_mask, kwargs)
+            if y is not None:
+                return y
         modules = self._modules  # type: ignore[attr-defined]
         if encoder_hidden_states is not None or not self.ready(hidden_states):
             return super().forward(  # type: ignore[misc,no-any-return]
@@ -190,7 +195,8 @@ class Gpt2Block(Block):
 
 
 class LlamaLayer(Block):
-    """The feed-forward half of a Llama layer (RMSNorm, SwiGLU) as one op."""
+    """The feed-forward half of a Llama layer (RMSNorm, SwiGLU) as one op; in generation on the CPU
+    the whole layer."""
 
     FORWARD = (
         "self", "hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache",
@@ -211,6 +217,11 @@ class LlamaLayer(Block):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        y = llama_layer(
+            self, hidden_states, past_key_values, attention_mask, position_embeddings, kwargs
+        )
+        if y is not None:
+            return y
         modules = self._modules  # type: ignore[attr-defined]
         if not self.ready(hidden_states):
             return super().forward(  # type: ignore[misc,no-any-return]

@@ -141,7 +141,7 @@ class CachedAttention(Block):
             start = layer.get_seq_length()
             # As long as the mask, which knows no room behind the keys.
             room = tuple(x.narrow(2, 0, start + rows) for x in room)
-            lens = _lengths(q.shape[0], start, q.device)
+            lens = lengths(q.shape[0], start, q.device)
         # A finished mask says everything, causality too; without one the rows are the last.
         o = attention_with_kv_cache(
             q, *room, cache_lens=lens, k=k, v=v, mask=mask, causal=mask is None,
@@ -157,7 +157,7 @@ class CachedAttention(Block):
 _last_lengths: tuple[tuple[int, int], Tensor] | None = None
 
 
-def _lengths(batch: int, length: int, device: torch.device) -> Tensor:
+def lengths(batch: int, length: int, device: torch.device) -> Tensor:
     """``(batch,)`` of one number. All layers of a step ask for the same, so on the CPU, where
     making it takes a tenth of a short attention, the last one is kept; on a GPU it might belong to
     a graph that was captured."""

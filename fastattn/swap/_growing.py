@@ -113,10 +113,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return None
-        k, v, need = self._k, self._v, self._length + key_states.shape[2]
+        return self.room_of(tuple(key_states.shape), key_states)
+
+    def room_of(self, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The same for rows that are still to be computed, in the dtype and on the device of
+        ``like``; no gradient is wanted."""
+        k, v, need = self._k, self._v, self._length + shape[2]
         assert k is not None
         assert v is not None
-        if not _alike(k, key_states) or k.requires_grad:
+        if not _alike(k, shape, like) or k.requires_grad:
             return None
         if k.shape[2] < need or v.shape[2] < need or _frozen(k):
             k, v = self._larger(k, need), self._larger(v, need)
@@ -140,12 +145,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return larger
 
 
-def _alike(x: Tensor, new: Tensor) -> bool:
+def _alike(x: Tensor, shape: tuple[int, ...], like: Tensor) -> bool:
     """Keys decide for the values too: one attention makes both."""
-    (batch, heads, _, d), shape = x.shape, new.shape
+    batch, heads, _, d = x.shape
     return (
-        x.dtype == new.dtype
-        and x.device == new.device
+        x.dtype == like.dtype
+        and x.device == like.device
         and (batch, heads, d) == (shape[0], shape[1], shape[3])
     )
 

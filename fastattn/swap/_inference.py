@@ -34,7 +34,7 @@ def bert_layer_in_inference(
     o, drop1, norm1 = (after._modules.get(name) for name in ("dense", "dropout", "LayerNorm"))
     linear1, act = middle._modules.get("dense"), middle._modules.get("intermediate_act_fn")
     linear2, drop2, norm2 = (last._modules.get(name) for name in ("dense", "dropout", "LayerNorm"))
-    if not _untouched((attention, inner, after, middle, last)):
+    if not untouched((attention, inner, after, middle, last)):
         return None
     family = type(layer).__name__.removesuffix("Layer")
     names = ("Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
@@ -56,7 +56,7 @@ def distilbert_layer_in_inference(
         return None
     parts = layer._modules
     inner, ffn = parts["attention"], parts["ffn"]
-    if not takes_part(inner, kwargs) or not _untouched((inner, ffn)):
+    if not takes_part(inner, kwargs) or not untouched((inner, ffn)):
         return None
     if (type(inner).__name__, type(ffn).__name__) != ("DistilBertSelfAttention", "FFN"):
         return None
@@ -84,7 +84,7 @@ def _run(
         all(type(m) is _LINEAR for m in linears)
         and all(type(m) is _DROPOUT and not (m.training and m.p) for m in drops)
         and all(isinstance(m, torch.nn.LayerNorm) for m in norms)
-        and _untouched((*linears, *norms, *drops))
+        and untouched((*linears, *norms, *drops))
         and not anyone_hooks_all()
     )
     name = activation_name(act) if known else None
@@ -109,7 +109,7 @@ def _bool_mask(mask: Tensor | None) -> bool:
     return mask is None or (mask.dtype == torch.bool and mask.dim() == 4)
 
 
-def _untouched(modules: tuple[Any, ...]) -> bool:
+def untouched(modules: tuple[Any, ...]) -> bool:
     """No hooks, no forward of their own."""
     for module in modules:
         d = module.__dict__
