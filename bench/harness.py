@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastattn.backends import cpu_isa
 from fastattn.measure import Spread, interleave, peak_extra_bytes, ratios, settle_heap, spread
 
 Thunk = Callable[[], object]
@@ -104,6 +105,7 @@ class Row:
     max_overhead: float | None
     verdict: str
     load: float
+    both: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -267,7 +269,7 @@ def run_case(
         share=work / seconds["fused"].median / rate if work else 0.0,
         stock_share=work / seconds["stock"].median / rate if work else 0.0,
         target=case.ratio, target_share=case.share, max_overhead=case.max_overhead, verdict="",
-        load=load_average(),
+        load=load_average(), both=case.both,
     )  # fmt: skip
     row.verdict = _verdict(case, row)
     return row
@@ -330,6 +332,7 @@ def environment() -> dict[str, Any]:
         **gpu,
         "cpu": cpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "isa": cpu_isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],

@@ -20,7 +20,7 @@ from fastattn.measure import Spread
 
 RECORD = Path(__file__).parent / "recorded.json"
 LOSS = 0.10
-MACHINE = ("cpu", "capability", "threads", "platform", "gpu")
+MACHINE = ("cpu", "capability", "isa", "threads", "platform", "gpu")
 
 
 def regressed(then: list[float], now: Spread) -> bool:

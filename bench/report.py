@@ -63,7 +63,7 @@ def _verdict(row: Row) -> str:
 def _target(row: Row) -> str:
     target = f"{row['target']:g} ×" if row["target"] else "–"
     if row["target_share"]:
-        target += f" or {row['target_share']:.0%}"
+        target += f" {'and' if row['both'] else 'or'} {row['target_share']:.0%}"
     return target
 
 
@@ -139,7 +139,7 @@ def _sweep(sweep: dict[str, list[Row]]) -> str:
 
 def _where(part: dict[str, Any]) -> str:
     env, rows = part["environment"], part["rows"]
-    text = f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, {env['date']}."
+    text = f"{env['cpu']}, {env['isa']}, {env['threads']} threads, torch {env['torch']}, {env['date']}."
     if isinstance(rows, list):
         busy = sum(r["load"] > env["threads"] + 1 for r in rows)
         if busy:
@@ -172,11 +172,11 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """For the README: the sum, and the rows with a target of attention and of whole models."""
+    """For the README: the sum, and the rows with a target of some sections."""
     found = [
         f"{summary(result)} All rows, the short ones too: [bench/RESULTS.md](bench/RESULTS.md)."
     ]
-    for name in ("attention", "models"):
+    for name in ("models", "recurrent", "attention", "kv_cache"):
         if name in result:
             rows = [r for r in result[name]["rows"] if r["tag"] == "table"]
             found.append(f"{SECTIONS[name]} ({_where(result[name])})\n\n{speed(rows)}")

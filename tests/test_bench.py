@@ -30,7 +30,7 @@ def _row(name: str, tag: str = "table", verdict: str = "PASS", **more: Any) -> d
 
 
 def _result() -> dict[str, Any]:
-    environment = {"cpu": "X", "threads": 2, "torch": "2", "date": "2026-01-01"}
+    environment = {"cpu": "X", "isa": "avx2", "threads": 2, "torch": "2", "date": "2026-01-01"}
     memory = {
         "name": "m", "what": "peak", "dtype": "fp32", "tag": "memory", "operand_bytes": 2**20,
         "fused_bytes": 2**19, "stock_bytes": 2**21, "fused_times": 0.5, "stock_times": 2.0,
