@@ -20,6 +20,7 @@ Q, K = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
 CELL = [torch.randn(s) for s in ((32, 8), (32, 8), (32,), (32,))]
 FFN = {"w1": torch.randn(16, 8), "b1": None, "w2": torch.randn(8, 16), "b2": None}
 CU = torch.tensor([0, 4])
+CACHE = torch.zeros(1, 2, 16, 8)
 
 # Function, right arguments, those of them that are tensors, names of the rest.
 RIGHT: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -28,6 +29,12 @@ RIGHT: dict[str, tuple[dict[str, Any], str, str]] = {
         {"q": Q[0].transpose(0, 1)[:4], "k": Q[0].transpose(0, 1)[:4],
          "v": Q[0].transpose(0, 1)[:4], "cu_seqlens_q": CU, "cu_seqlens_k": CU},
         "q k v cu_seqlens_q cu_seqlens_k mask bias", "max_seqlen_q max_seqlen_k",
+    ),
+    "attention_with_kv_cache": (
+        {"q": Q, "k_cache": CACHE, "v_cache": CACHE.clone(), "cache_lens": torch.tensor([4]),
+         "k": Q, "v": Q},
+        "q k_cache v_cache cache_lens k v new_lens block_table cache_index mask alibi_slopes sinks",
+        "rotary rotary_interleaved causal window softcap scale return_lse",
     ),
     "layer_norm": ({"x": X, "normalized_shape": 8}, "x weight bias", "eps normalized_shape"),
     "rms_norm": ({"x": X, "normalized_shape": 8}, "x weight", "eps normalized_shape"),
