@@ -210,6 +210,7 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], None], type[Exce
     "rotary_int": ({}, with_(rotary=(torch.zeros(60, 4).int(),) * 2), TypeError, "float dtype"),
     "mask_float": ({}, with_(mask=torch.zeros(52)), TypeError, "mask must be bool"),
     "mask_shape": ({}, with_(mask=torch.ones(51, dtype=torch.bool)), ValueError, "broadcast"),
+    "mask_long": ({}, with_(mask=torch.ones(53, dtype=torch.bool)), ValueError, "broadcast"),
     "sinks_shape": ({}, with_(sinks=torch.zeros(3)), ValueError, "sinks must have shape"),
     "sinks_int": ({}, with_(sinks=torch.zeros(4).int()), TypeError, "sinks must be one of"),
     "alibi_int": ({}, with_(alibi_slopes=torch.zeros(4).int()), TypeError, "alibi_slopes must be"),
