@@ -197,6 +197,9 @@ struct Call {
       FASTATTN_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
       const int64_t limits[4] = {a.B, a.H, a.Sq, a.Sk};
       a.mask = broadcast(*mask, limits, "mask");
+      for (int64_t d = 0; d < mask->dim(); ++d)  // the ops of attention take more than is read
+        FASTATTN_CHECK(mask->size(d) == 1 || mask->size(d) == limits[4 - mask->dim() + d],
+                       "mask must broadcast to (B, H, Sq, capacity)");
     }
     if (alibi_slopes) {
       const int64_t dims = alibi_slopes->dim();
