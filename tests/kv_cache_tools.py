@@ -1,11 +1,11 @@
-"""Calls of ``attention_with_kv_cache`` for the tests, and their verdict by the rule of tools.py."""
+"""Calls of ``attention_with_kv_cache`` for the tests, and their verdict by the rule of rule.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tools import EPS32, assert_within, one_thread
+from rule import EPS32, Cast, Draws, assert_within, one_thread
 from torch import Tensor
 
 import fastattn
@@ -25,6 +25,13 @@ class Call:
     def dtype(self) -> torch.dtype:
         return self.tensors["q"].dtype
 
+    @property
+    def capacity(self) -> int:
+        size = self.tensors["k_cache"].shape[2]
+        return (
+            size * self.tensors["block_table"].shape[1] if "block_table" in self.tensors else size
+        )
+
     def copies(self) -> dict[str, Tensor]:
         """The tensors with the memory layout of the caches kept."""
         return {
@@ -42,8 +49,8 @@ class Call:
         )
         return {"o": o, "lse": lse, **{n: t[n] for n in CACHES}}
 
-    def in_dtype(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """o and lse by the formula, in a dtype, of the very values that the call has.
+    def by_formula(self, cast: Cast) -> dict[str, Tensor]:
+        """o and lse by the formula, of the very values that the call has, each float through cast.
 
         Rotation rounds to the call's dtype (the cache holds it), so the oracle is given rows that
         were rotated before.
@@ -58,7 +65,7 @@ class Call:
             t["q"] = rotated(t["q"], start, rotary, pairs)
             if "k" in t:
                 t["k"] = rotated(t["k"], first, rotary, pairs)
-        t = {n: x.to(dtype) if x.is_floating_point() else x for n, x in t.items()}
+        t = {n: cast(x) if x.is_floating_point() else x for n, x in t.items()}
         o, lse = reference.attention_with_kv_cache(**t, **options, return_lse=True)
         return {"o": o, "lse": lse}
 
@@ -66,23 +73,23 @@ class Call:
         """o and lse within 2 x the error of plain PyTorch in the same dtype, caches to the bit."""
         got = self.run(backend, **more)
         with one_thread():
-            right, plain = self.in_dtype(torch.float64), self.in_dtype(self.dtype)
-            caches = self.run("reference")
+            right, caches = self.by_formula(Tensor.double), self.run("reference")
+        plain = Draws(self.by_formula)
         for name in CACHES:
             assert_same_bits(name, got[name], caches[name])
         assert got["o"].dtype == self.dtype
         # exp need not be finer than 1/128 of the rounding that P gets before the product with v.
         fast_exp = torch.finfo(self.dtype).eps / 256 if self.dtype != torch.float32 else 0.0
-        assert_within("o", got["o"], right["o"], [plain["o"]])
+        assert_within("o", got["o"], right["o"], plain["o"])
         floor = fast_exp + 4 * EPS32 * (1.0 + self.largest_logit())
-        assert_within("lse", got["lse"], right["lse"], [plain["lse"]], floor)
+        assert_within("lse", got["lse"], right["lse"], plain["lse"], floor)
         return got
 
     def largest_logit(self) -> float:
         q, k = self.tensors["q"].double(), self.tensors["k_cache"].double()
         norms = [x.nan_to_num(0.0).norm(dim=-1) for x in (q, k, self.tensors.get("k", q).double())]
         q_norm, *k_norms = (float(x.amax()) if x.numel() else 0.0 for x in norms)
-        return q_norm * max(k_norms) * self.options.get("scale", q.shape[-1] ** -0.5)
+        return q_norm * max(k_norms) * abs(self.options.get("scale", q.shape[-1] ** -0.5))
 
 
 def assert_same_bits(name: str, a: Tensor, b: Tensor) -> None:
@@ -238,11 +245,8 @@ def featured(feature: str, **sizes: Any) -> Call:
     if special["sinks"]:
         call.options["sinks"] = torch.randn(H)
     if special["mask"]:
-        size = call.tensors["k_cache"].shape[2]
-        if "block_table" in call.tensors:
-            size *= call.tensors["block_table"].shape[1]
-        shape = (B, 1, 1, size) if special["mask"] == "b11s" else (B, H, Sq, size)
-        call.options["mask"] = torch.rand(shape) < 0.6
+        shape = (B, 1, 1) if special["mask"] == "b11s" else (B, H, Sq)
+        call.options["mask"] = torch.rand(*shape, call.capacity) < 0.6
     if special["rotary"]:
         call.options["rotary"] = table(512, min(special["rotary"], D // 2 * 2) // 2)
     return call

@@ -1,6 +1,6 @@
 """Calls of the recurrence itself (kernels/recurrent.py) by name, judged against
 fastattn.reference.recurrent in fp64: error <= 2 x that of the same reference in the call's dtype
-(plain PyTorch) + floor, as tools.py has it.
+(plain PyTorch) + floor, as rule.py has it.
 
 Gradients of weights are GEMMs of others over what the kernels return: here they are formed in fp64
 from it, so that dghn and dh, which no output shows otherwise, are judged too.
@@ -9,10 +9,11 @@ from it, so that dghn and dh, which no output shows otherwise, are judged too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from tools import Result, assert_within, one_thread
+from rule import Draws, assert_within, one_thread
+from tools import Result
 from torch import Tensor
 
 from fastattn.ops import recurrent_triton
@@ -182,20 +183,11 @@ def judge(call: Call) -> Result:
     got = run(call)
     with one_thread():
         right = by_reference(call, lambda x: x.double())
-        plain = [by_reference(call)]
-        for _ in range(4):  # few elements are a small sample of plain PyTorch's error
-            another = replace(call, tensors={n: _near(t) for n, t in call.tensors.items()})
-            exact = by_reference(another, lambda x: x.double())
-            other = by_reference(another)
-            plain.append({n: right[n] + (other[n].double() - exact[n]) for n in right})
     assert set(got) == set(right)
+    plain = Draws(lambda cast: by_reference(call, cast))
     for name, x in right.items():
-        assert_within(name, got[name], x, [p[name] for p in plain])
+        assert_within(name, got[name], x, plain[name])
     return Result({n: got[n] for n in ("y", "h_n")}, {n: x for n, x in got.items() if n[0] == "d"})
-
-
-def _near(x: Tensor) -> Tensor:
-    return (x * (1 + torch.randn(x.shape) / 64)).to(x.dtype)
 
 
 def call(

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz.kv_cache import calls
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from kv_cache_tools import (
     CACHES,
     FEATURES,
@@ -351,31 +351,8 @@ def test_pages_give_the_bits_of_a_contiguous_cache(dtype: torch.dtype, sq: int) 
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_fuzz(data: st.DataObject) -> None:
-    draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    hk, sq = draw(st.integers(1, 3)), draw(st.integers(1, 20))
-    B = draw(st.integers(1, 3))
-    ragged = draw(st.booleans())
-    sn = sq if ragged else draw(st.sampled_from([0, 1, sq]))
-    lens = [draw(st.integers(0, 60)) for _ in range(B)]
-    D = draw(st.integers(2, 40))
-    options: dict[str, Any] = {}
-    if draw(st.booleans()):
-        limit = st.none() | st.integers(0, 40)
-        options["window"] = (draw(limit), draw(limit))
-    if draw(st.booleans()):
-        options["rotary"] = table(100, draw(st.integers(1, D // 2)))
-        options["rotary_interleaved"] = draw(st.booleans())
-    options["causal"] = draw(st.booleans())
-    call = make(
-        lens, h=hk * draw(st.integers(1, 4)), hk=hk, sq=sq, sn=sn, d=D, dv=draw(st.integers(1, 40)),
-        capacity=max(lens) + 20, page_size=draw(st.integers(0, 20)),
-        dtype=draw(st.sampled_from(DTYPES)),
-        new_lens=[draw(st.integers(0, sn)) for _ in lens] if ragged else None,
-        layout=draw(st.sampled_from(["bhsd", "bshd"])), **options,
-    )  # fmt: skip
+@given(call=calls())
+def test_fuzz(call: Call) -> None:
     call.judge("cpu")
 
 

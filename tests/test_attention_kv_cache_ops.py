@@ -90,11 +90,11 @@ def test_a_cache_that_autograd_has_saved_is_known_to_have_changed() -> None:
         product.backward()
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v_cache", "sinks"])
+@pytest.mark.parametrize("name", ["q", "k", "v_cache", "sinks", "alibi_slopes"])
 def test_a_gradient_is_refused(name: str, backend: str) -> None:
     call = featured("sinks")
     t = {**call.copies(), **call.options}
-    t[name] = t[name].clone().requires_grad_()
+    t[name] = t.get(name, torch.ones(4)).clone().requires_grad_()
     with pytest.raises(ValueError, match=rf"{name} has requires_grad=True.*torch\.no_grad"):
         fastattn.attention_with_kv_cache(**t, backend=backend)
     with torch.no_grad():
@@ -210,7 +210,15 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], None], type[Exce
     "rotary_int": ({}, with_(rotary=(torch.zeros(60, 4).int(),) * 2), TypeError, "float dtype"),
     "mask_float": ({}, with_(mask=torch.zeros(52)), TypeError, "mask must be bool"),
     "mask_shape": ({}, with_(mask=torch.ones(51, dtype=torch.bool)), ValueError, "broadcast"),
+    "mask_long": ({}, with_(mask=torch.ones(53, dtype=torch.bool)), ValueError, "broadcast"),
     "sinks_shape": ({}, with_(sinks=torch.zeros(3)), ValueError, "sinks must have shape"),
+    "sinks_int": ({}, with_(sinks=torch.zeros(4).int()), TypeError, "sinks must be one of"),
+    "alibi_int": ({}, with_(alibi_slopes=torch.zeros(4).int()), TypeError, "alibi_slopes must be"),
+    "alibi_turned": ({}, with_(alibi_slopes=torch.zeros(4, 3)), ValueError, "alibi_slopes must"),
+    "cache_elsewhere": ({}, with_(k_cache=lambda x: torch.empty_like(x, device="meta")), ValueError,
+                        "k_cache must be on q's device"),
+    "lens_elsewhere": ({}, with_(cache_lens=lambda x: torch.empty_like(x, device="meta")),
+                       ValueError, "cache_lens must be on q's device"),
     "alibi_shape": ({}, with_(alibi_slopes=torch.zeros(3)), ValueError, "alibi_slopes must have"),
     "window_negative": ({}, with_(window=(-1, 0)), ValueError, "window's left side"),
     "softcap_negative": ({}, with_(softcap=-1.0), ValueError, "softcap must be > 0"),

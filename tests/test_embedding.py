@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from ffn_tools import Call
-from tools import DTYPES, Result, assert_within, one_thread
+from rule import Cast, Draws, as_is, assert_within, one_thread
+from tools import DTYPES, Result
 from torch import Tensor
 
 import fastattn
@@ -65,25 +66,24 @@ def run(call: EmbeddingCall, where: Any, cast: Callable[[Tensor], Tensor], **mor
 
 
 def judge(call: EmbeddingCall, backend: str = "cpu") -> Result:
-    def as_is(x: Tensor) -> Tensor:
-        return x
-
     got = run(call, fastattn, as_is, backend=backend)
     with one_thread():
         right = run(call, fastattn.reference, Tensor.double)
-        plain = [run(call, fastattn.reference, as_is).all()]
-        explicit = all(
-            f"{n}s" in call.kwargs or f"{n}_weight" not in call.tensors
-            for n in ("position", "segment")
-        )
-        if explicit and "seed" not in call.kwargs:
-            other = run(call.flipped(), fastattn.reference, as_is)
-            plain.append({n: x.flip(0) if n == "y" else x for n, x in other.all().items()})
-    # One rounding is the least there is: a sum of two numbers may be exact in plain PyTorch.
-    eps = torch.finfo(call.tensors["weight"].dtype).eps / 2
+
+    def plain(cast: Cast) -> dict[str, Tensor]:
+        return run(call, fastattn.reference, cast).all()
+
+    def in_another_order() -> dict[str, Tensor]:
+        other = run(call.flipped(), fastattn.reference, as_is)
+        return {n: x.flip(0) if n == "y" else x for n, x in other.all().items()}
+
+    explicit = all(
+        f"{n}s" in call.kwargs or f"{n}_weight" not in call.tensors for n in ("position", "segment")
+    )
+    orders = [in_another_order] if explicit and "seed" not in call.kwargs else []
+    draws = Draws(plain, *orders)
     for name, x in right.all().items():
-        floor = eps * float(x.abs().max()) if x.numel() else 0.0
-        assert_within(name, got.all()[name], x, [p[name] for p in plain], floor)
+        assert_within(name, got.all()[name], x, draws[name])
     for name, grad in got.grads.items():
         assert grad.dtype == call.tensors[name].dtype, name
     return got

@@ -125,6 +125,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weights_none": ({"weights": None}, TypeError, "weights must be a sequence"),
     "weights_empty": ({"weights": []}, TypeError, "weights must be a sequence"),
     "weights_tensor": ({"weights": W[0]}, TypeError, "weights must be a sequence"),
+    "weights_missing": ({"weights": [W[0], W[1], W[0]]}, ValueError, "must have 2 tensors a layer"),
     "weights_mixed": ({"weights": [W[0], None]}, TypeError, "at least two tensors"),
     "weights_short": ({"weights": [(W[0],)]}, TypeError, r"weights\[0\] must be w_ih, w_hh"),
     "weights_hidden": (

@@ -1,5 +1,5 @@
 """Bugs planted in the CPU kernels of attention over a cache, one at a time: some case must fail
-for each. The machinery is that of test_mutations.py, the rule that of tools.py."""
+for each. The machinery is that of test_mutations.py, the rule that of rule.py."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ import torch
 from kv_cache_tools import CACHES, assert_same_bits, featured, lengths
 from mutations import Mutation, sample
 from mutations_kv_cache import MUTATIONS
+from rule import as_is, assert_within, one_thread
 from test_mutations import CPU, HERE, JOBS, build, mutate
-from tools import assert_within, one_thread
 
 # feature of kv_cache_tools.py, and sizes.
 CASES: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ class Case:
     def __init__(self, feature: str, **sizes: Any) -> None:
         self.call = call = featured(feature, index_dtype=torch.int64, **sizes)
         with one_thread():
-            self.right, self.plain = call.in_dtype(torch.float64), call.in_dtype(torch.float32)
+            self.right, self.plain = call.by_formula(torch.Tensor.double), call.by_formula(as_is)
             self.caches = call.run("reference")
         t, options = call.tensors, call.options
         B, H, Sq, D = t["q"].shape

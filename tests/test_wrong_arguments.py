@@ -118,6 +118,10 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
                    fastattn.linear_cross_entropy(X, W[:0], IDS)),
     "ignore_index": (TypeError, "ignore_index must be an int, got 1.5", lambda:
                      fastattn.linear_cross_entropy(X, W, IDS, ignore_index=1.5)),
+    "target": (ValueError, r"target must be in \[0, 10\) or ignore_index = -100, got -1", lambda:
+               fastattn.linear_cross_entropy(X, W, torch.full((4,), -1))),
+    "target_of_one": (ValueError, "target must be in .* got 10", lambda:
+                      fastattn.linear_cross_entropy(X[0], W, torch.tensor(10))),
     "activation": (ValueError, "LayerNormFFN: activation must be one of", lambda:
                    fastattn.nn.LayerNormFFN(8, 8, activation="swish")),
     "recompute": (ValueError, "LayerNormFFN: recompute must be one of", lambda:

@@ -24,6 +24,12 @@ inline Indices indices(const Tensor& x, int64_t dims, int64_t rows, const char* 
   return {x.const_data_ptr(), wide, x.stride(0), dims > 1 ? x.stride(1) : 0};
 }
 
+inline bool is_float(const Tensor& x) {
+  const ScalarType t = x.scalar_type();
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half ||
+         t == ScalarType::BFloat16;
+}
+
 inline std::vector<float> float_values(const Tensor& x) {
   const Tensor f = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
   const float* p = static_cast<const float*>(f.const_data_ptr());
@@ -213,16 +219,24 @@ struct KVCacheCall {
       FASTATTN_KV_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
       const int64_t limits[4] = {a.B, a.H, a.Sq, a.Sk};
       a.mask = broadcast(*mask, limits, "mask");
+      for (int64_t d = 0; d < mask->dim(); ++d)  // the ops of attention take more than is read
+        FASTATTN_KV_CHECK(mask->size(d) == 1 || mask->size(d) == limits[4 - mask->dim() + d],
+                          "mask must broadcast to (B, H, Sq, capacity)");
     }
     if (alibi_slopes) {
-      const bool two = alibi_slopes->dim() == 2;
-      FASTATTN_KV_CHECK(alibi_slopes->numel() == (two ? a.B : 1) * a.H,
-                        "alibi_slopes must have shape (H,) or (B, H)");
+      const int64_t dims = alibi_slopes->dim();
+      const bool two = dims == 2;
+      FASTATTN_KV_CHECK(is_float(*alibi_slopes) && (dims == 1 || two) &&
+                            alibi_slopes->size(dims - 1) == a.H &&
+                            (!two || alibi_slopes->size(0) == a.B),
+                        "alibi_slopes must be floats of shape (H,) or (B, H)");
       alibi = float_values(*alibi_slopes);
       a.alibi = alibi.data(), a.alibi_b = two ? a.H : 0;
     }
     if (given_sinks) {
-      FASTATTN_KV_CHECK(given_sinks->numel() == a.H, "sinks must have shape (H,)");
+      FASTATTN_KV_CHECK(
+          is_float(*given_sinks) && given_sinks->dim() == 1 && given_sinks->size(0) == a.H,
+          "sinks must be floats of shape (H,)");
       sinks = float_values(*given_sinks);
       a.sinks = sinks.data();
     }

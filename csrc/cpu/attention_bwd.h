@@ -165,7 +165,7 @@ class BackwardWorker {
     const int64_t n = std::min(keys, rb.hi - j0), n_padded = round_up(n, E::kPad);
     const int64_t r0 = rb.i[0] - row0_;
     float *S = s_.data(), *dP = dp_.data();
-    engine_.scores(r0, rb.n, j0, n_padded, S);
+    engine_.scores(rb, s, r0, j0, n, n_padded, S);
     const bool dS_wanted = dq_ || dk_ || dbias_;
     if (g_.d_o.ptr && dS_wanted)
       engine_.dprobs(r0, rb.n, j0, n_padded, dP);

@@ -17,13 +17,14 @@ class FmaGradEngine {
   static constexpr int kExpDegree = 6;
 
   explicit FmaGradEngine(const AttentionParams& params)
-      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {}
+      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)), few_(params) {}
 
   const AttentionParams& p;
   const int64_t D, Dv, Dp, Dvp;
 
   void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi) {
     lo_ = lo;
+    if (few_rows(p)) few_.load_keys(s, hk, lo, hi, true);
     const int64_t n = hi - lo;
     const char* k = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
     const char* v = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
@@ -48,10 +49,16 @@ class FmaGradEngine {
     do_ = natural(g, d_o, n, Dv, Dvp, do_buf_);
   }
 
-  // r0: first row of the block, counted from load_rows' first; a multiple of kBM.
-  void scores(int64_t r0, int n, int64_t j0, int64_t n_padded, float* S) const {
-    gemm<1>(false, n, n_padded, D, qt_.data() + r0 * D, {kMR * D, kMR}, kt_.data() + (j0 - lo_) * D,
-            {kPanel * D, kPanel}, S, kBN);
+  // r0: first row of the block, counted from load_rows' first; a multiple of kBM. S is the
+  // forward's to the last bit: P = exp(S - lse) would be off by as much as S.
+  void scores(const RowBlock& rb, const Sequence& s, int64_t r0, int64_t j0, int64_t n,
+              int64_t n_padded, float* S) {
+    if (few_rows(p)) {
+      few_.load_queries(rb, s);
+      return few_.scores(rb, j0, n, n_padded, S);
+    }
+    gemm<1>(false, rb.n, n_padded, D, qt_.data() + r0 * D, {kMR * D, kMR},
+            kt_.data() + (j0 - lo_) * D, {kPanel * D, kPanel}, S, kBN);
   }
   void dprobs(int64_t r0, int n, int64_t j0, int64_t n_padded, float* dP) const {
     gemm<1>(false, n, n_padded, Dv, dot_.data() + r0 * Dv, {kMR * Dv, kMR},
@@ -100,6 +107,7 @@ class FmaGradEngine {
 
   bool has_do_ = false;
   int64_t lo_ = 0;
+  FmaEngine few_;  // the forward's engine, where rows are few
   Rows k_, q_, do_;
   Buffer<float> kt_, vt_, k_buf_, qt_, dot_, q_buf_, do_buf_;
 };
@@ -135,8 +143,9 @@ class AmxGradEngine {
       load_operand(bf16_row(d_o, s.b, h, s.q_start + first), d_o, last - first, Dv, do_, dot_);
   }
 
-  void scores(int64_t r0, int n, int64_t j0, int64_t n_padded, float* S) const {
-    product(q_, kt_, Dp, r0, n, j0, n_padded, S);
+  void scores(const RowBlock& rb, const Sequence&, int64_t r0, int64_t j0, int64_t,
+              int64_t n_padded, float* S) const {
+    product(q_, kt_, Dp, r0, rb.n, j0, n_padded, S);
   }
   void dprobs(int64_t r0, int n, int64_t j0, int64_t n_padded, float* dP) const {
     product(do_, vt_, Dvp, r0, n, j0, n_padded, dP);

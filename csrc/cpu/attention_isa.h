@@ -15,11 +15,6 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// So few query rows a kv head that packing K would cost as much as using it.
-inline bool few_rows(const AttentionParams& p) {
-  return p.Sq * (p.H / std::max<int64_t>(p.Hk, 1)) <= kMR;
-}
-
 template <class E>
 void forward_and_weights(const AttentionParams& p, const Parallel& parallel) {
   if (few_rows(p))

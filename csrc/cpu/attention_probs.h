@@ -43,7 +43,7 @@ class ProbWorker {
     Interval range = prob_.range(s, first, last);
     range.lo = range.lo / E::kAlign * E::kAlign;
     if (range.hi <= range.lo) return;
-    engine_.load_keys(s, hk, range.lo, range.hi, false);
+    engine_.load_keys(s, hk, range.lo, range.hi, few_rows(prob_.p));
     for (int64_t r0 = first; r0 < last; r0 += E::kBM) {
       prob_.fill(rows_, s, hk, r0, int(std::min<int64_t>(E::kBM, last - r0)));
       engine_.load_queries(rows_, s);

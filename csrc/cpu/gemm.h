@@ -2,7 +2,7 @@
 //
 // Registers: 6 x 4 vectors of C, 4 of B, 1 broadcast of A = 29 of 32 (AVX-512); 6 x 2 + 2 + 1 = 15
 // of 16 (AVX2). Per k: 6 broadcasts and 4 loads for 24 FMAs, so the FMA ports bound it, not the
-// loads. C stays in registers over K; K is cut into chunks so that a panel of B stays in L1.
+// loads. The sum stays in registers over K; K is cut into chunks so that a panel of B stays in L1.
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -20,22 +20,17 @@ struct BLayout {
   int64_t panel, k;
 };
 
-// T: how B is stored.
+// T: how B is stored. What is in C is added to the sum of this K, not summed on from: the error of
+// a gradient over thousands of rows grows with their blocks, not with the rows (blocked summation,
+// Higham 2002, 4.2).
 template <int MR, int NV, int kARow, class T>
 FASTATTN_NOINLINE void micro_kernel(bool accumulate, int64_t K, const float* A, int64_t a_k,
                                     const T* B, int64_t b_k, float* C, int64_t ldc) {
   vf c[MR][NV];
-  if (accumulate) {
 #pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r)
+  for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) c[r][v] = load(C + r * ldc + v * W);
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) c[r][v] = vf{};
-  }
+    for (int v = 0; v < NV; ++v) c[r][v] = vf{};
   for (int64_t k = 0; k < K; ++k, A += a_k, B += b_k) {
     vf b[NV];
 #pragma GCC unroll 8
@@ -46,6 +41,12 @@ FASTATTN_NOINLINE void micro_kernel(bool accumulate, int64_t K, const float* A, 
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) c[r][v] = fma(a, b[v], c[r][v]);
     }
+  }
+  if (accumulate) {
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) c[r][v] += load(C + r * ldc + v * W);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)

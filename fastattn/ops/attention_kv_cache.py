@@ -165,7 +165,7 @@ def _run_on_cpu(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[Ten
     """The binding makes every check, values too, before it writes: in C++ they cost a small call
     nothing. Its refusal is worded here."""
     try:
-        if torch.is_grad_enabled() and wants_grad(*tensors[:3], *tensors[4:6], tensors[-1]):
+        if torch.is_grad_enabled() and wants_grad(*tensors):
             check.check_no_gradient(check.Call(*tensors))
         return op.run("cpu", *tensors, *numbers)
     except (RuntimeError, TypeError, AttributeError) as error:

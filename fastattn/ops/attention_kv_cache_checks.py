@@ -56,6 +56,7 @@ def check_call(call: Call) -> None:
     _check_q_and_caches(call)
     _check_new_rows(call)
     _check_where(call)
+    check_no_gradient(call)
     q = call.q
     batch, heads, rows = q.shape[:3]
     if call.mask is not None:
@@ -65,7 +66,6 @@ def check_call(call: Call) -> None:
         check_alibi(OP, call.alibi_slopes, q, batch, heads)
     if call.sinks is not None:
         check_sinks(OP, call.sinks, q, heads)
-    check_no_gradient(call)
 
 
 def _check_four(name: str, x: Any, layout: str) -> None:
@@ -210,12 +210,12 @@ def rotary_tables(rotary: Any, q: Any) -> tuple[Tensor, Tensor]:
 def check_no_gradient(call: Call) -> None:
     if not torch.is_grad_enabled():
         return
-    for name in ("q", "k_cache", "v_cache", "k", "v", "sinks"):
-        x = getattr(call, name)
-        if x is not None and x.requires_grad:
+    for name, x in call._asdict().items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            whose = f"rotary's {name}" if name in ("cos", "sin") else name
             fail(
                 OP,
-                f"{name} has requires_grad=True, but attention over a cache has no gradient: call "
+                f"{whose} has requires_grad=True, but attention over a cache has no gradient: call "
                 "it under torch.no_grad(), or train with fastattn.attention",
             )
 

@@ -34,7 +34,11 @@ for _suffix in _SUFFIXES.values():
     )
 
 
-def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    # A meta tensor among others brings the dispatcher here: it must not pass for a result.
+    for x in (k_cache, v_cache, *others):
+        if isinstance(x, Tensor) and x.device != q.device:
+            raise RuntimeError(f"tensors on {q.device} and {x.device} in one call")
     o = empty_as(q, (*q.shape[:-1], v_cache.shape[-1]))
     return o, q.new_empty(q.shape[:-1], dtype=torch.float32)
 

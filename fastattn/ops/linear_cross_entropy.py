@@ -99,9 +99,18 @@ class _Pass:
         self.weight, self.w = weight, weight.to(x.dtype)
         self.kept = (target != ignore_index).nonzero().squeeze(1)
         self.target = target[self.kept]
+        if self.target.numel() and target.device.type == "cpu":
+            self._check_target(ignore_index)
         self.losses = x.new_zeros(x.shape[0], dtype=torch.float32)
         self.dx = x.new_zeros(x.shape if need & _DX else (0,))
         self.dw, self.db = self.losses.new_empty(0), self.losses.new_empty(0)
+
+    def _check_target(self, ignore_index: int) -> None:
+        least, most = (int(t) for t in self.target.aminmax())
+        classes = self.weight.shape[0]
+        if least < 0 or most >= classes:
+            fail(_NAME, f"target must be in [0, {classes}) or ignore_index = {ignore_index}, got "
+                 f"{least if least < 0 else most}")  # fmt: skip
 
     def run(self, scale: Tensor | None, share: float) -> None:
         n, vocabulary = self.kept.numel(), self.w.shape[0]

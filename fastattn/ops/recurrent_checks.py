@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn._debug import debug_checks_enabled
 from fastattn.ops.attention_checks import fail
 from fastattn.ops.layernorm_checks import FLOATS
-from fastattn.reference.recurrent import GATES, LSTM, Weights, by_layer
+from fastattn.reference.recurrent import GATES, LSTM, Weights, by_layer, entry_size
 
 _PARTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 _SAID = (
@@ -73,7 +73,7 @@ def check_layers(
         w_ih, w_hh, b_ih, b_hh = weights
         if plainly_right(w_ih, w_hh, b_ih, b_hh, x, features, cell):
             return [((w_ih, w_hh, b_ih, b_hh, None),)]
-    _check_entries(op, weights)
+    _check_entries(op, weights, GATES[cell])
     layers = by_layer(weights, directions, GATES[cell])
     if len(layers[-1]) != directions:
         fail(
@@ -130,7 +130,7 @@ def plainly_right(
         return False
 
 
-def _check_entries(op: str, weights: Any) -> None:
+def _check_entries(op: str, weights: Any, gates: int) -> None:
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or not weights:
         fail(
             op,
@@ -144,6 +144,10 @@ def _check_entries(op: str, weights: Any) -> None:
                  TypeError)  # fmt: skip
         if weights[1].dim() != 2:
             fail(op, f"weights[1] must be the matrix w_hh, got shape {tuple(weights[1].shape)}")
+        each = entry_size(weights, gates)
+        if len(weights) % each == 1:  # no matrix w_hh; other remains are named below
+            fail(op, f"weights must have {each} tensors a layer and direction, as the first ones "
+                 f"are, got {len(weights)}")  # fmt: skip
         return
     for i, entry in enumerate(weights):
         if not isinstance(entry, Sequence) or not 2 <= len(entry) <= 5:

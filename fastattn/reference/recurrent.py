@@ -150,6 +150,12 @@ def layer(
     )  # fmt: skip
 
 
+def entry_size(weights: Sequence[Tensor], gates: int) -> int:
+    """Of a flat sequence, how many tensors make one layer and direction, as the first ones say."""
+    rows, features = weights[1].shape
+    return (4 if len(weights) > 2 and weights[2].dim() == 1 else 2) + (features * gates != rows)
+
+
 def by_layer(weights: Sequence[Any], directions: int, gates: int) -> list[tuple[Weights, ...]]:
     """Weights layer by layer, each ``directions`` tuples of five.
 
@@ -158,9 +164,7 @@ def by_layer(weights: Sequence[Any], directions: int, gates: int) -> list[tuple[
             then w_hr or not; or all of these tensors in one flat sequence, as torch's.
     """
     if weights and isinstance(weights[0], Tensor):
-        rows, features = weights[1].shape
-        n = 4 if len(weights) > 2 and weights[2].dim() == 1 else 2
-        n += features * gates != rows
+        n = entry_size(weights, gates)
         weights = [weights[i : i + n] for i in range(0, len(weights), n)]
     full: list[Weights] = []
     for entry in weights:

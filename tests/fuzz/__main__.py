@@ -20,6 +20,7 @@ from rich.table import Table
 FIGURES = Path(__file__).with_name("FIGURES.md")
 _COLUMNS = ("calls", "valid", "invalid", "raw", "accepted", "rejected", "mismatches", "crashes")
 _BATCH = 60  # cases a seed
+_TURN = 12.0  # seconds that a family may take before the next one
 _MEMORY = 12 << 30  # bytes of address space of a worker
 _SILENCE = 180.0  # seconds without a word: a hang
 
@@ -112,7 +113,7 @@ def _telling(text: str) -> str:
 def fuzz(families: list[str], seed: int, minutes: float) -> Tally:
     tally, until = Tally(), time.time() + 60 * minutes
     while time.time() < until:
-        worker = Worker(families, seed, until)
+        worker = Worker(_least_first(families, tally), seed, until)
         while (end := worker.died()) is None:
             worker.read(tally)
             time.sleep(0.2)
@@ -125,13 +126,18 @@ def fuzz(families: list[str], seed: int, minutes: float) -> Tally:
     return tally
 
 
+def _least_first(families: list[str], tally: Tally) -> list[str]:
+    """A worker that follows a crash begins with those that had the fewest cases."""
+    return sorted(families, key=lambda f: tally.counts[f]["calls"] if f in tally.counts else 0)
+
+
 def _next_seed(tally: Tally, seed: int) -> int:
     """Behind every seed that a worker can have come to."""
     return seed + 100_000 * (1 + sum(c["crashes"] for c in tally.counts.values()))
 
 
 def work(journal: Path, families: list[str], seed: int, until: float) -> None:
-    """What a worker does: seed after seed, each family in turn."""
+    """What a worker does: seed after seed, the family next that has had the least time."""
     from fuzz import worker
 
     # A hostile size must fail to allocate, not take the machine; ASan reserves terabytes and has a
@@ -140,14 +146,16 @@ def work(journal: Path, families: list[str], seed: int, until: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     left = until - time.time()
     end = time.monotonic() + left
+    spent = dict.fromkeys(families, 0.0)
+    turns = Counter[str]()
     with journal.open("ab", buffering=0) as out:
         report = worker.into(out.fileno())
-        while time.monotonic() < end:
-            for family in families:
-                if time.monotonic() > end:
-                    break
-                worker.run(family, seed, _BATCH, report, until=end)
-            seed += 1
+        while (start := time.monotonic()) < end:
+            family = min(families, key=lambda f: spent[f])
+            turn = min(end, start + _TURN)
+            worker.run(family, seed + turns[family], _BATCH, report, until=turn)
+            turns[family] += 1
+            spent[family] += time.monotonic() - start
 
 
 def replay(case: str) -> bool:

@@ -94,7 +94,7 @@ def restrided(draw: Any, problem: Problem) -> Problem:
     return replace(problem, q=lay(problem.q), k=lay(problem.k), v=lay(problem.v))
 
 
-_BAD_LENS: spoil.Ways = {
+BAD_LENS: spoil.Ways = {
     "negative": lambda x: torch.full_like(x, -1),
     "too large": lambda x: torch.full_like(x, 10**6),
 }
@@ -104,6 +104,7 @@ _BAD_CU: spoil.Ways = {
     "too far": lambda x: torch.cat([x[:-1], x[-1:] + 10**6]),
     "a matrix": lambda x: x[None],
 }
+WINDOW: spoil.Ways = spoil.constants(5, "nonsense", (1, 2, 3), (1.5, None), (-1, 0), [True, 1])
 _ROLES: dict[str, spoil.Ways] = {
     "q": {**spoil.FLOAT, **spoil.DEEPER},
     "k": {**spoil.VECTOR, **spoil.DEEPER},
@@ -112,12 +113,12 @@ _ROLES: dict[str, spoil.Ways] = {
     "bias": spoil.VECTOR,
     "sinks": spoil.VECTOR,
     "alibi_slopes": spoil.VECTOR,
-    "q_lens": {**spoil.INDEX, **spoil.LONGER, **_BAD_LENS},
-    "k_lens": {**spoil.INDEX, **spoil.LONGER, **_BAD_LENS},
+    "q_lens": {**spoil.INDEX, **spoil.LONGER, **BAD_LENS},
+    "k_lens": {**spoil.INDEX, **spoil.LONGER, **BAD_LENS},
     "cu_seqlens_q": {**spoil.INDEX, **spoil.LONGER, **_BAD_CU},
     "cu_seqlens_k": {**spoil.INDEX, **spoil.LONGER, **_BAD_CU},
     "causal": spoil.CHOICE,
-    "window": spoil.constants(5, "nonsense", (1, 2, 3), (1.5, None), (-1, 0), [True, 1]),
+    "window": WINDOW,
     "softcap": {**spoil.POSITIVE, **spoil.constants(0.0)},
     "scale": spoil.NUMBER,
     "dropout_p": spoil.PROBABILITY,

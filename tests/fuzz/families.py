@@ -9,13 +9,14 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fastattn.backends import cpu_isas, force_cpu_isa
-from fuzz import attention, modules, recurrent, rows, spoil, tables
+from fuzz import attention, kv_cache, modules, recurrent, rows, spoil, tables
 from fuzz.case import Case, Valid, refused, served
 from fuzz.raw import raw_cases
 
 FAMILIES: Mapping[str, st.SearchStrategy[Valid]] = {
     "attention": attention.attention,
     "attention_varlen": attention.attention_varlen,
+    "attention_with_kv_cache": kv_cache.attention_with_kv_cache(),
     "norms": rows.norms(),
     "bias_act": rows.bias_act(),
     "layernorm_ffn": rows.layernorm_ffn(),

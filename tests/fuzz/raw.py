@@ -74,7 +74,8 @@ def hostile_tensor(draw: Any, x: Tensor) -> Tensor:
         return -torch.ones_like(x) if x.dtype != torch.bool else x
     if how == "odd":
         odd = draw(st.sampled_from([math.nan, math.inf, 1e30, 2**40]))
-        return torch.full_like(x, odd) if x.is_floating_point() else torch.full_like(x, 2**30)
+        odd = odd if x.is_floating_point() else 2**30
+        return torch.full(x.shape, odd, dtype=torch.float64).to(x.dtype)
     if how == "one element":
         return x.reshape(-1)[:1]
     if how == "shifted":  # aligned to its element alone

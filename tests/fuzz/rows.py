@@ -83,11 +83,11 @@ _ROLES: dict[str, dict[str, spoil.Ways]] = {
 }
 
 
-def as_valid(call: Call, floor: float = 0.0) -> Valid:
+def as_valid(call: Call) -> Valid:
     return Valid(
         getattr(fastattn, call.op),
         {**call.tensors, **call.kwargs},
-        lambda: judge(call, "cpu", floor),
+        lambda: judge(call, "cpu"),
         _ROLES[call.op],
     )
 

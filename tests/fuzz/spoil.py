@@ -51,12 +51,13 @@ BACKEND: Ways = constants("tpu", 3, ["cpu"], "triton", "cuda")
 
 
 def applicable(ways: Ways, right: Any) -> Ways:
-    """Those that need a tensor want one to start from."""
-    if isinstance(right, Tensor):
-        return ways
-    return {n: f for n, f in ways.items() if n not in _OF_TENSORS}
+    """Those that can be done to it: of no tensor there is none with a dimension more."""
+    return {n: f for n, f in ways.items() if isinstance(right, Tensor) or _can(f, right)}
 
 
-_OF_TENSORS = {*_NO_TENSOR, *DEEPER, *LONGER, *META, "ints", "floats"} - {
-    "a list", "a string", "an object"
-}  # fmt: skip
+def _can(way: Callable[[Any], Any], right: Any) -> bool:
+    try:
+        way(right)
+    except (TypeError, AttributeError):
+        return False
+    return True
