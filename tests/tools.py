@@ -56,6 +56,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def on_fake_cuda(x: Any) -> Any:
+    """A CUDA fake of a CPU tensor's shape, strides and dtype."""
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call with its upstream gradients; every tensor keeps the strides it was made with."""
