@@ -1,138 +1,64 @@
-"""Runs the kernels of one library made from mutant_shim.cpp; a program of its own without torch.
+"""What the programs mutant_*.py share. Each runs the kernels of one library made from the shim of
+its name, without torch, in a process of its own: a mutant that crashes or hangs takes nothing with
+it.
 
-A process each, so that a mutant that crashes or hangs takes nothing with it:
+    python tests/mutant_ffn.py LIBRARY IN.npz OUT.npz
 
-    python tests/mutant.py LIBRARY IN.npz OUT.npz
-
-IN holds the arguments of the cases as arrays called "CASE/NAME", numbers among them (see `Case` in
-test_mutations.py, whose names are those of attention.h), OUT the results in the same way.
+IN holds the arguments of the cases as arrays called "CASE/NAME", numbers among them, with the names
+of the shim's struct, OUT the results in the same way; see mutation_lab.py.
 """
 
 import ctypes
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-_INTS = ("B", "H", "Hk", "D", "Dv", "Sq", "Sk", "threads")
-_VIEWS = (
-    "q", "k", "v", "o", "weights", "d_o", "dq", "dk", "dv", "mask", "bias", "dweights", "lse",
-    "dbias",
-)  # fmt: skip
-_FLOATS = ("lse_lo", "dlse", "dsinks", "alibi", "sinks")
-_LENGTHS = ("q_len", "k_len", "q_start", "k_start")
-_MODES = ("alibi_b", "causal", "window_left", "window_right", "seed", "weights_mode", "dbias_once")
-_NUMBERS = ("scale", "softcap", "dropout_p", "dweights_scale")
-RESULTS = ("o", "lse", "weights", "dq", "dk", "dv", "dbias", "dsinks")
+Arrays = dict[str, np.ndarray]
 
 
-class View(ctypes.Structure):
-    _fields_ = [("ptr", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4)]
+def fields(
+    ints: tuple[str, ...], numbers: tuple[str, ...], pointers: tuple[str, ...]
+) -> list[tuple[str, Any]]:
+    """Of a struct that has these in this order."""
+    kinds = ((ints, ctypes.c_int64), (numbers, ctypes.c_double), (pointers, ctypes.c_void_p))
+    return [(name, kind) for names, kind in kinds for name in names]
 
 
-class MutantCall(ctypes.Structure):
-    """mutant_shim.cpp's struct of the same name."""
-
-    _fields_ = [
-        *((n, ctypes.c_int64) for n in _INTS),
-        *((n, View) for n in _VIEWS),
-        *((n, ctypes.c_void_p) for n in (*_FLOATS, *_LENGTHS)),
-        *((n, ctypes.c_int64) for n in _MODES),
-        *((n, ctypes.c_double) for n in _NUMBERS),
-    ]
+def fill(call: ctypes.Structure, given: Mapping[str, Any]) -> None:
+    """Numbers by value, arrays by address: an absent one is null."""
+    for name, kind, *_ in call._fields_:
+        x = given.get(name)
+        if kind is ctypes.c_void_p:
+            setattr(call, name, None if x is None else x.ctypes.data)
+        elif kind in (ctypes.c_int64, ctypes.c_double):
+            setattr(call, name, given[name].item())
 
 
-def _heads(x: np.ndarray, packed: bool) -> np.ndarray:
-    """(B, H, S, X), or (T, H, X), as (B, H, S, X)."""
-    return _batch_of_one(x.swapaxes(0, 1)) if packed else x
-
-
-def _batch_of_one(x: np.ndarray) -> np.ndarray:
-    """x behind a dimension of stride 0."""
-    return np.broadcast_to(x, (1, *x.shape))
-
-
-def _view(x: np.ndarray | None) -> View:
-    if x is None:
-        return View()
-    strides = [n // x.itemsize for n in x.strides]
-    return View(x.ctypes.data, (ctypes.c_int64 * 4)(*strides, *[0] * (4 - x.ndim)))
-
-
-def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One case, forward and backward: every result by its name in RESULTS."""
-    packed = "q_start" in case
-    q, k, v = (_heads(case[n], packed) for n in "qkv")
-    batch = int(case["batch"]) if packed else len(q)
-    sq, sk = int(case["Sq"]), int(case["Sk"])
-    target = (batch, q.shape[1], sq, sk)
-    mode = int(case["weights_mode"])
-
-    # NaN: whatever a kernel leaves unwritten shows. What the caller zeroes is 0 (attention.h).
-    def blank(*shape: int) -> np.ndarray:
-        return np.full(shape, np.nan, np.float32)
-
-    out = {n: np.full_like(case[n], np.nan) for n in "qkv"}
-    out = {f"d{n}": x for n, x in out.items()}
-    out["o"] = blank(*case["q"].shape[:-1], v.shape[-1])
-    out["lse"] = blank(q.shape[1], q.shape[2]) if packed else blank(*q.shape[:3])
-    out["weights"] = blank(*(target, (batch, sq, sk))[mode - 1]) if mode else blank(0)
-    out |= {f"d{n}": np.zeros_like(case[n]) for n in ("bias", "sinks") if n in case}
-    if case["dbias_once"]:
-        out["dbias"][:] = np.nan
-    if packed:  # tokens of no sequence, see the binding
-        out["o"][:], out["lse"][:], out["dq"][:], out["dk"][:], out["dv"][:] = 0, -np.inf, 0, 0, 0
-    lse_lo = np.zeros_like(out["lse"])
-
-    lse = _batch_of_one(out["lse"]) if packed else out["lse"]
-    views: dict[str, Any] = {"q": q, "k": k, "v": v, "lse": lse}
-    views |= {n: _heads(out[n], packed) for n in ("o", "dq", "dk", "dv")}
-    views["d_o"] = _heads(case["d_o"], packed)
-    views |= {n: np.broadcast_to(case[n], target) for n in ("mask", "bias") if n in case}
-    if "dbias" in out:
-        views["dbias"] = np.broadcast_to(out["dbias"], target)
-    if mode:
-        mean = mode == 2
-        views["weights"] = out["weights"][:, None] if mean else out["weights"]
-        dw = case["dweights"]
-        views["dweights"] = np.broadcast_to(dw[:, None], target) if mean else dw
-    pointers = {"lse_lo": lse_lo, "dsinks": out.get("dsinks")}
-    pointers |= {n: case.get(n) for n in ("dlse", "alibi", "sinks", *_LENGTHS)}
-
-    call = MutantCall(
-        B=batch, H=q.shape[1], Hk=k.shape[1], D=q.shape[3], Dv=v.shape[3], Sq=sq, Sk=sk
-    )
-    call.dweights_scale = 1.0 / q.shape[1] if mode == 2 else 1.0
-    for n in _VIEWS:
-        setattr(call, n, _view(views.get(n)))
-    for n, x in pointers.items():
-        setattr(call, n, None if x is None else x.ctypes.data)
-    for n in ("threads", *_MODES):
-        setattr(call, n, int(case[n]))
-    for n in ("scale", "softcap", "dropout_p"):
-        setattr(call, n, float(case[n]))
+def launch(library: ctypes.CDLL, call: ctypes.Structure) -> None:
+    """The library's one entry point."""
     status = library.mutant_run(ctypes.byref(call), ctypes.c_int64(ctypes.sizeof(call)))
-    assert status == 0, "MutantCall is not the struct of mutant_shim.cpp"
-    return {n: out[n] for n in RESULTS if n in out}
+    assert status == 0, f"{type(call).__name__} is not the struct of the shim"
 
 
-def nested(flat: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
     """{"CASE/NAME": array} by case."""
-    cases: dict[str, dict[str, np.ndarray]] = {}
+    cases: dict[str, Arrays] = {}
     for key, x in flat.items():
         case, name = key.split("/")
         cases.setdefault(case, {})[name] = x
     return cases
 
 
-def main() -> None:
+def flat(cases: Mapping[str, Mapping[str, np.ndarray]]) -> Arrays:
+    return {f"{case}/{name}": x for case, named in cases.items() for name, x in named.items()}
+
+
+def main(run: Callable[[ctypes.CDLL, Arrays], Arrays]) -> None:
+    """run: the results of one case, NaN where nothing was written."""
     library_path, in_path, out_path = sys.argv[1:]
     library = ctypes.CDLL(library_path)
     with np.load(in_path) as file:
         cases = nested(dict(file))
-    results = {c: run(library, case) for c, case in cases.items()}
-    np.savez(out_path, **{f"{c}/{n}": x for c, out in results.items() for n, x in out.items()})
-
-
-if __name__ == "__main__":
-    main()
+    np.savez(out_path, **flat({c: run(library, case) for c, case in cases.items()}))

@@ -1,15 +1,9 @@
-"""Runs the kernels of one library made from mutant_ffn_shim.cpp, in a process of its own.
-
-    python tests/mutant_ffn.py LIBRARY IN.npz OUT.npz
-
-Arrays are called "CASE/NAME", with the names of the struct; see test_mutations_ffn.py.
-"""
+"""Runs the parts of layernorm_ffn, cross-entropy and embedding; see mutant.py."""
 
 import ctypes
-import sys
 
+import mutant
 import numpy as np
-from mutant import nested
 
 _INTS = ("M", "N", "F", "norm", "act", "seed", "threads", "half")
 _DOUBLES = ("eps", "dropout_p", "smoothing")
@@ -33,37 +27,19 @@ RESULTS = {
 class MutantFfn(ctypes.Structure):
     """mutant_ffn_shim.cpp's struct of the same name."""
 
-    _fields_ = [
-        *((n, ctypes.c_int64) for n in _INTS),
-        *((n, ctypes.c_double) for n in _DOUBLES),
-        *((n, ctypes.c_void_p) for n in _POINTERS),
-    ]
+    _fields_ = mutant.fields(_INTS, _DOUBLES, _POINTERS)
 
 
-def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One case: every result by its name in RESULTS, NaN where nothing was written."""
+def run(library: ctypes.CDLL, case: mutant.Arrays) -> mutant.Arrays:
+    """One case: every result by its name in RESULTS."""
     out = {n: np.full_like(case[like], np.nan) for n, like in RESULTS.items() if like in case}
     out["dlogits"] = case["u"].copy()
     stats = {n: np.full(int(case["M"]), np.nan, np.float32) for n in ("mean", "rstd")}
     call = MutantFfn()
-    for n in (*_INTS, *_DOUBLES):
-        setattr(call, n, case[n].item())
-    for n in _POINTERS:
-        x = {**case, **out, **stats}.get(n)
-        setattr(call, n, None if x is None else x.ctypes.data)
-    status = library.mutant_ffn_run(ctypes.byref(call), ctypes.c_int64(ctypes.sizeof(call)))
-    assert status == 0, "MutantFfn is not the struct of mutant_ffn_shim.cpp"
+    mutant.fill(call, {**case, **out, **stats})
+    mutant.launch(library, call)
     return out
 
 
-def main() -> None:
-    library_path, in_path, out_path = sys.argv[1:]
-    library = ctypes.CDLL(library_path)
-    with np.load(in_path) as file:
-        cases = nested(dict(file))
-    results = {c: run(library, case) for c, case in cases.items()}
-    np.savez(out_path, **{f"{c}/{n}": x for c, out in results.items() for n, x in out.items()})
-
-
 if __name__ == "__main__":
-    main()
+    mutant.main(run)

@@ -3,13 +3,8 @@
 // planted. Contiguous; fp32, but that all of layernorm_ffn runs in bf16 where `half` says so.
 #include SOURCE
 #include "isa.h"
+#include "mutant_bf16.h"
 
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include <cstring>
 #undef FASTATTN_DISPATCH
 #define FASTATTN_DISPATCH(call) return ISA::call
 
@@ -43,55 +38,24 @@ struct MutantFfn {
 Rows rows(float* p, int64_t n) { return {p, DType::kF32, n}; }
 Vec vec(float* p) { return {p, DType::kF32}; }
 
-// A float array as bf16 while this lives: an argument's values are cut to it (they fit), a result's
-// are put back as floats.
-class Half {
- public:
-  Half(float* wide, int64_t rows, int64_t columns, bool result)
-      : wide_(wide), n_(columns), result_(result), half_(wide ? rows * columns : 0) {
-    for (size_t i = 0; !result && i < half_.size(); ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, wide + i, 4);
-      half_[i] = uint16_t(bits >> 16);
-    }
-  }
-  ~Half() {
-    for (size_t i = 0; result_ && i < half_.size(); ++i) {
-      const uint32_t bits = uint32_t(half_[i]) << 16;
-      std::memcpy(wide_ + i, &bits, 4);
-    }
-  }
-  operator Rows() { return {wide_ ? half_.data() : nullptr, DType::kBf16, n_}; }
-
- private:
-  float* wide_;
-  int64_t n_;
-  bool result_;
-  std::vector<uint16_t> half_;
-};
-
-// The kernel may use AMX only in a process that asked for it.
-void ask_for_tiles() {
-#if defined(__linux__) && defined(__x86_64__)
-  syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-#endif
-}
-
 void ffn_in_bf16(FfnParams f, const MutantFfn& c, const Parallel& parallel) {
   ask_for_tiles();
-  Half x(c.x, c.M, c.N, false), w1(c.w1, c.F, c.N, false), w_gate(c.w_gate, c.F, c.N, false);
-  Half w2(c.w2, c.N, c.F, false), y(c.ffn_y, c.M, c.N, true), u(c.ffn_u, c.M, c.F, true);
-  Half a(c.ffn_a, c.M, c.F, true);
-  f.before.x = f.after.residual = x, f.after.y = y;
-  f.w1 = w1, f.w_gate = w_gate, f.w2 = w2, f.u = u, f.a = a;
+  const int64_t x_size = c.M * c.N, w_size = c.F * c.N, u_size = c.M * c.F;
+  Half x(c.x, x_size, false), y(c.ffn_y, x_size, true);
+  Half w1(c.w1, w_size, false), w_gate(c.w_gate, w_size, false), w2(c.w2, w_size, false);
+  Half u(c.ffn_u, u_size, true), a(c.ffn_a, u_size, true);
+  const auto rows = [](Half& half, int64_t n) { return Rows{half.data(), DType::kBf16, n}; };
+  f.before.x = f.after.residual = rows(x, c.N), f.after.y = rows(y, c.N);
+  f.w1 = rows(w1, c.N), f.w_gate = rows(w_gate, c.N), f.w2 = rows(w2, c.F);
+  f.u = rows(u, c.F), f.a = rows(a, c.F);
   ISA::ffn_forward(f, parallel);
 }
 
 }  // namespace
 
 // Returns 0, or 1 where `size` says that the caller has another struct.
-extern "C" __attribute__((visibility("default"))) int mutant_ffn_run(const MutantFfn* call,
-                                                                     int64_t size) {
+extern "C" __attribute__((visibility("default"))) int mutant_run(const MutantFfn* call,
+                                                                 int64_t size) {
   if (size != int64_t(sizeof(MutantFfn))) return 1;
   const MutantFfn& c = *call;
   // No run function: the workers go one after the other.

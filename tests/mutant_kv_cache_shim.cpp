@@ -28,8 +28,8 @@ Operand heads(float* ptr, int64_t h, int64_t s, int64_t d) { return {ptr, h * s 
 }  // namespace
 
 // Returns 0, or 1 where `size` says that the caller has another struct.
-extern "C" __attribute__((visibility("default"))) int mutant_kv_cache_run(const MutantKVCache* call,
-                                                                          int64_t size) {
+extern "C" __attribute__((visibility("default"))) int mutant_run(const MutantKVCache* call,
+                                                                 int64_t size) {
   if (size != int64_t(sizeof(MutantKVCache))) return 1;
   const MutantKVCache& c = *call;
   AttentionKVCacheParams p;

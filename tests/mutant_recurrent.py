@@ -1,16 +1,10 @@
-"""Runs the kernels of one library made from mutant_recurrent_shim.cpp, in a process of its own.
-
-    python tests/mutant_recurrent.py LIBRARY IN.npz OUT.npz
-
-Arrays are called "CASE/NAME", with the names of the struct; see test_mutations_recurrent.py.
-"""
+"""Runs the recurrence, forward and backward; see mutant.py."""
 
 import ctypes
-import sys
 from typing import Any
 
+import mutant
 import numpy as np
-from mutant import nested
 
 _INTS = ("cell", "H", "P", "D", "reverse", "T", "B", "N", "threads")
 _POINTERS = (
@@ -24,13 +18,10 @@ LSTM, GRU = 0, 1
 class MutantRecurrent(ctypes.Structure):
     """mutant_recurrent_shim.cpp's struct of the same name."""
 
-    _fields_ = [
-        *((n, ctypes.c_int64) for n in _INTS),
-        *((n, ctypes.c_void_p) for n in _POINTERS),
-    ]
+    _fields_ = mutant.fields(_INTS, (), _POINTERS)
 
 
-def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run(library: ctypes.CDLL, case: mutant.Arrays) -> mutant.Arrays:
     """One case, forward and backward: every result, and sums that the weights' gradients are."""
     cell, H, P, D, B, N = (int(case[n]) for n in ("cell", "H", "P", "D", "B", "N"))
     shapes: dict[str, tuple[int, ...]] = {
@@ -42,7 +33,6 @@ def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarr
         shapes |= {"gates": (D, N, 4 * H), "dghn": (D, N, H)}
     if "w_hr" in case:
         shapes["dh"] = (D, N, P)
-    # NaN: whatever a kernel leaves unwritten shows.
     out = {n: np.full(s, np.nan, np.float32) for n, s in shapes.items()}
     gx = case["gx"].copy()
     given: dict[str, Any] = {**case, **out, "gx": gx}
@@ -50,20 +40,14 @@ def run(library: ctypes.CDLL, case: dict[str, np.ndarray]) -> dict[str, np.ndarr
         given["gates"] = gx  # as the op has it
 
     call = MutantRecurrent()
-    for n in _INTS:
-        setattr(call, n, case[n].item())
-    for n in _POINTERS:
-        x = given.get(n)
-        setattr(call, n, None if x is None else x.ctypes.data)
-    size = ctypes.c_int64(ctypes.sizeof(call))
-    status = library.mutant_recurrent_run(ctypes.byref(call), size)
-    assert status == 0, "MutantRecurrent is not the struct of mutant_recurrent_shim.cpp"
+    mutant.fill(call, given)
+    mutant.launch(library, call)
     return _what_is_known(case, out, given["gates"] if cell in (LSTM, GRU) else None)
 
 
 def _what_is_known(
-    case: dict[str, np.ndarray], out: dict[str, np.ndarray], gates: np.ndarray | None
-) -> dict[str, np.ndarray]:
+    case: mutant.Arrays, out: mutant.Arrays, gates: np.ndarray | None
+) -> mutant.Arrays:
     """The results that the oracle has too."""
     cells, gates = out.pop("cells", None), gates
     out.pop("gates", None)
@@ -83,14 +67,5 @@ def _what_is_known(
     return out
 
 
-def main() -> None:
-    library_path, in_path, out_path = sys.argv[1:]
-    library = ctypes.CDLL(library_path)
-    with np.load(in_path) as file:
-        cases = nested(dict(file))
-    results = {c: run(library, case) for c, case in cases.items()}
-    np.savez(out_path, **{f"{c}/{n}": x for c, out in results.items() for n, x in out.items()})
-
-
 if __name__ == "__main__":
-    main()
+    mutant.main(run)

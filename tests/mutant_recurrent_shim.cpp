@@ -1,6 +1,8 @@
-// The recurrence's kernels in fp32, of one instruction set (FASTATTN_ISA, FASTATTN_LEVEL), as a
-// library of their own, for test_mutations_recurrent.py: one C entry point, compiled against a copy
-// of csrc/cpu with a bug planted. With RACES it is a program instead, for ThreadSanitizer.
+// The recurrence's kernels of one instruction set (FASTATTN_ISA, FASTATTN_LEVEL) as a library of
+// their own, for test_mutations_recurrent.py: one C entry point, compiled against a copy of
+// csrc/cpu with a bug planted. With LSTM of that cell alone, in fp32; with TILES of LSTM and GRU,
+// in bf16 on AMX tiles; else of all but LSTM, in fp32. With RACES it is a program, for
+// ThreadSanitizer.
 #include "layernorm_ffn.h"
 #include "recurrent.h"
 #include "team.h"
@@ -9,6 +11,7 @@
 #include "simd.h"
 #include "philox.h"
 #include "gemm.h"
+#include "amx.h"
 #include "rows.h"
 #include "activation.h"
 #include "recurrent_cell.h"
@@ -21,6 +24,10 @@
 
 #include "target_end.h"
 #include "scratch.cpp"
+
+#include <deque>
+
+#include "mutant_bf16.h"
 
 namespace {
 
@@ -35,10 +42,37 @@ void run_threads(int n, void (*fn)(void* ctx, int worker), void* ctx) {
   for (std::thread& t : threads) t.join();
 }
 
+#ifdef TILES
+constexpr isa::Grade kGrade = isa::Grade::kCoarse;
+using Storage = isa::bf16;
+using Products = isa::TileRecurrentProducts;
+#else
+constexpr isa::Grade kGrade = isa::Grade::kExact;
+using Storage = float;
+using Products = isa::FloatProducts;
+#endif
+
+// The caller's arrays in the storage of the kernels.
+class Arrays {
+ public:
+  Storage* argument(float* x, int64_t n) { return stored(x, n, false); }
+  Storage* result(float* x, int64_t n) { return stored(x, n, true); }
+
+ private:
+  Storage* stored(float* x, [[maybe_unused]] int64_t n, [[maybe_unused]] bool result) {
+#ifdef TILES
+    return static_cast<Storage*>(halves_.emplace_back(x, n, result).data());
+#else
+    return x;
+#endif
+  }
+  std::deque<Half> halves_;
+};
+
 template <class Cell>
 void both(const RecurrentParams& p, const RecurrentGrads& g, const Parallel& parallel) {
-  isa::RecurrentForward<Cell, float, isa::FloatProducts>(p, parallel).run();
-  isa::RecurrentBackward<Cell, float, isa::FloatProducts>(p, g, parallel).run();
+  isa::RecurrentForward<Cell, Storage, Products>(p, parallel).run();
+  isa::RecurrentBackward<Cell, Storage, Products>(p, g, parallel).run();
 }
 
 // Everything is 8 bytes wide. Null = absent. mutant_recurrent.py holds the same list.
@@ -54,30 +88,41 @@ void run(const MutantRecurrent& c) {
   Parallel parallel;
   parallel.threads = int(c.threads), parallel.run = run_threads;
 
+  Arrays arrays;
+  const int64_t rows = kGates[c.cell] * c.H, steps = c.D * c.N, states = c.D * c.B;
   RecurrentParams p;
   p.cell = Cell(c.cell), p.H = c.H, p.P = c.P, p.D = int(c.D), p.reverse = unsigned(c.reverse);
   p.steps = {c.T, c.B, c.N, c.offsets, c.lengths, c.index, c.active};
-  p.gx = c.gx, p.gh = c.gh, p.h0 = c.h0, p.c0 = c.c0, p.h_mask = c.h_mask;
-  p.y = c.y, p.h_n = c.h_n, p.c_n = c.c_n, p.gates = c.gates, p.cells = c.cells;
-  const int64_t rows = kGates[c.cell] * c.H;
+  p.gx = arrays.argument(c.gx, steps * rows), p.gh = arrays.argument(c.gh, states * rows);
+  p.h0 = arrays.argument(c.h0, states * c.P), p.c0 = arrays.argument(c.c0, states * c.H);
+  p.h_mask = arrays.argument(c.h_mask, states * c.P);
   for (int64_t d = 0; d < c.D; ++d) {
-    p.w_hh[d] = c.w_hh + d * rows * c.P;
-    if (c.b_ih) p.b_ih[d] = c.b_ih + d * rows;
-    if (c.b_hh) p.b_hh[d] = c.b_hh + d * rows;
-    if (c.w_hr) p.w_hr[d] = c.w_hr + d * c.P * c.H;
+    const auto part = [&](float* x, int64_t n) { return arrays.argument(x ? x + d * n : x, n); };
+    p.w_hh[d] = part(c.w_hh, rows * c.P), p.w_hr[d] = part(c.w_hr, c.P * c.H);
+    p.b_ih[d] = part(c.b_ih, rows), p.b_hh[d] = part(c.b_hh, rows);
   }
+  p.y = arrays.result(c.y, steps * c.P), p.h_n = arrays.result(c.h_n, states * c.P);
+  p.c_n = arrays.result(c.c_n, states * c.H), p.cells = arrays.result(c.cells, steps * c.H);
+  p.gates = arrays.result(c.gates, steps * kSaved[c.cell] * c.H);
   RecurrentGrads g;
-  g.dy = c.dy, g.dh_n = c.dh_n, g.dc_n = c.dc_n;
-  g.dgx = c.dgx, g.dghn = c.dghn, g.dh0 = c.dh0, g.dc0 = c.dc0, g.dh = c.dh;
+  g.dy = arrays.argument(c.dy, steps * c.P), g.dh_n = arrays.argument(c.dh_n, states * c.P);
+  g.dc_n = arrays.argument(c.dc_n, states * c.H);
+  g.dgx = arrays.result(c.dgx, steps * rows), g.dghn = arrays.result(c.dghn, steps * c.H);
+  g.dh0 = arrays.result(c.dh0, states * c.P), g.dc0 = arrays.result(c.dc0, states * c.H);
+  g.dh = arrays.result(c.dh, steps * c.P);
 
+#ifdef TILES
+  ask_for_tiles();
+#endif
   // LSTM alone takes half the time to compile.
-#ifdef LSTM
-  both<isa::LstmCell<isa::Grade::kExact>>(p, g, parallel);
-#else
-  if (p.cell == Cell::kGru)
-    both<isa::GruCell<isa::Grade::kExact>>(p, g, parallel);
-  else
-    both<isa::RnnCell>(p, g, parallel);
+#if defined(LSTM) || defined(TILES)
+  if (p.cell == Cell::kLstm) both<isa::LstmCell<kGrade>>(p, g, parallel);
+#endif
+#ifndef LSTM
+  if (p.cell == Cell::kGru) both<isa::GruCell<kGrade>>(p, g, parallel);
+#endif
+#if !defined(LSTM) && !defined(TILES)
+  if (p.cell == Cell::kTanh || p.cell == Cell::kRelu) both<isa::RnnCell>(p, g, parallel);
 #endif
 }
 
@@ -103,8 +148,8 @@ int main() {
 #endif
 
 // Returns 0, or 1 where `size` says that the caller has another struct.
-extern "C" __attribute__((visibility("default"))) int mutant_recurrent_run(
-    const MutantRecurrent* call, int64_t size) {
+extern "C" __attribute__((visibility("default"))) int mutant_run(const MutantRecurrent* call,
+                                                                 int64_t size) {
   if (size != int64_t(sizeof(MutantRecurrent))) return 1;
   run(*call);
   return 0;

@@ -6,6 +6,7 @@ from mutations import Mutation
 LSTM, GRU, CELL = "lstm.h", "gru.h", "recurrent_cell.h"
 FWD, BWD = "recurrent_fwd.h", "recurrent_bwd.h"
 PRODUCTS, PLAN, TEAM = "recurrent_products.h", "recurrent_plan.h", "team.h"
+AMX = "amx.h"
 
 LSTM_MUTATIONS = (
     # ---- the cell
@@ -119,6 +120,64 @@ WIDE_MUTATIONS = (
              "accumulate ? load(C + v * W)"),
 )  # fmt: skip
 
+# Of the products on AMX tiles, bf16, and what feeds them.
+TILE_MUTATIONS = (
+    # ---- packing
+    Mutation("tile_of_one_unit", PRODUCTS, "_mm512_castsi512_ps(load_row32(src + u * K + k, 1,",
+             "_mm512_castsi512_ps(load_row32(src + k, 1,"),
+    Mutation("tile_without_its_last_unit", PRODUCTS,
+             "for (int64_t u = 0; u < n; ++u) t[u] = _mm512_castsi512_ps",
+             "for (int64_t u = 0; u + 1 < n; ++u) t[u] = _mm512_castsi512_ps"),
+    Mutation("tile_tail_of_k_cut", PRODUCTS, "src + u * K + k, 1, K - k, 0",
+             "src + u * K + k, 1, std::max<int64_t>(K - k - 1, 1), 0"),
+    Mutation("tile_not_transposed", PRODUCTS, "transpose16(t); for (int x = 0; x < 16; ++x)",
+             "for (int x = 0; x < 16; ++x)"),
+    Mutation("tile_group_begins_early", PRODUCTS, "k < K; k += 32, dst += 512",
+             "k < K; k += 32, dst += k < K ? 512 : 0"),
+    Mutation("tile_last_row_lost", PRODUCTS, "n > 0 && k + 1 < K ? load_row32",
+             "n > 0 && k + 2 < K ? load_row32"),
+    Mutation("tile_pairs_swapped", PRODUCTS, "interleave(r0, r1, &lo, &hi)",
+             "interleave(r1, r0, &lo, &hi)"),
+    Mutation("tile_second_half_is_the_first", PRODUCTS, "panel.first + half * 32",
+             "panel.first"),
+    Mutation("tile_halves_swapped", PRODUCTS, "interleave(r0, r1, &lo, &hi)",
+             "interleave(r0, r1, &hi, &lo)"),
+    Mutation("interleaved_alike", AMX, "_mm512_extracti64x4_epi64(r1, 1)",
+             "_mm512_extracti64x4_epi64(r0, 1)"),
+    # ---- multiplying
+    Mutation("tile_rows_lost", PRODUCTS, "div_up(n, 16), V, k_tiles",
+             "std::max<int64_t>(1, n / 16), V, k_tiles"),
+    Mutation("tile_rows_are_the_first", PRODUCTS, "{A, lda * 32, 64, lda * 2}",
+             "{A, 0, 64, lda * 2}"),
+    Mutation("tile_step_of_w_is_the_first", PRODUCTS, "k_tiles * kTileBytes, kTileBytes}",
+             "k_tiles * kTileBytes, 0}"),
+    Mutation("block_of_one_column_tile", AMX, "_tile_loadd(7, b + b_n, 64)",
+             "_tile_loadd(7, b, 64)"),
+    Mutation("block_of_one_row_tile", AMX, "_tile_loadd(5, a + a_m, a_row); _tile_dpbf16ps(2,",
+             "_tile_loadd(5, a, a_row); _tile_dpbf16ps(2,"),
+    Mutation("block_without_its_corner", AMX, "if constexpr (NT == 2) _tile_dpbf16ps(3, 5, 7);",
+             ""),
+    Mutation("odd_row_tile_lost", AMX, "int64_t m = first; m < m_tiles",
+             "int64_t m = first; m + 1 < m_tiles"),
+    Mutation("odd_column_tile_as_two", AMX, "n2 = n + 1 < n_tiles", "n2 = n_tiles > 1"),
+    Mutation("second_step_lost", AMX, "_tile_dpbf16ps(0, 6, 3);", ""),
+    Mutation("second_step_of_the_first_rows", AMX, "_tile_loadd(7, a + a_m + a_k, a_row)",
+             "_tile_loadd(7, a + a_k, a_row)"),
+    Mutation("sums_not_cleared", AMX, "_tile_zero(0); _tile_zero(1); _tile_loadd(2, b, 64);",
+             "_tile_zero(1); _tile_loadd(2, b, 64);"),
+    Mutation("tile_of_fifteen_rows", AMX, "config.rows[t] = 16", "config.rows[t] = 15"),
+    Mutation("tiles_not_configured", FWD, "[[maybe_unused]] typename E::Scope scope;", ""),
+    Mutation("tiles_not_configured_back", BWD, "[[maybe_unused]] typename E::Scope scope;", ""),
+    # ---- operands: whole tiles, zero where there is nothing
+    Mutation("end_of_h_not_cleared", FWD, "if (last) std::fill(to + P, to + f.k_, A{});", ""),
+    Mutation("end_of_m_not_cleared", FWD, "if (p.w_hr[0] && last) std::fill(g.m + k * f.k_hr_ + H,"
+             " g.m + (k + 1) * f.k_hr_, A{});", ""),
+    Mutation("end_of_gradients_not_cleared", BWD, "for (A* row : {g.d[0] + k * f.k_, g.d[1] +"
+             " k * f.k_}) std::fill(row + kGates * H, row + f.k_, A{});", ""),
+    Mutation("end_of_dh_not_cleared", BWD, "if (projected) std::fill(g.dh_out + k * f.k_hr_ + P,"
+             " g.dh_out + (k + 1) * f.k_hr_, A{});", ""),
+)  # fmt: skip
+
 # For ThreadSanitizer: what a value shows only by luck.
 RACES = (
     Mutation("no_barrier_after_a_step", FWD, "absent(t, n); team.barrier();", "absent(t, n);"),
@@ -137,5 +196,11 @@ RACES = (
              "epoch_.store(epoch + 1, std::memory_order_relaxed)"),
 )  # fmt: skip
 
-# Not a bug: a team of the tests is always complete, however late its threads come.
-PATIENT = Mutation("patient_team", TEAM, "kPatience = 6000", "kPatience = 1 << 30")
+# No bugs: a team of the tests is always complete, however late its threads come; and memory that a
+# kernel takes is NaN, so that whatever it reads there before it writes shows.
+EDITS = (
+    Mutation("patient_team", TEAM, "kPatience = 6000", "kPatience = 1 << 30"),
+    Mutation("nothing_kept", "scratch.h", "kScratchKept = 8u << 20", "kScratchKept = 0"),
+    Mutation("poisoned", "scratch.cpp", "if (!ptr) throw std::bad_alloc();",
+             "if (!ptr) throw std::bad_alloc(); __builtin_memset(ptr, 0xff, *got);"),
+)  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tools import FEATURES, Problem, cumulative, fake_grads, featured, packed
+from tools import FEATURES, Problem, cumulative, fake_grads, featured, on_fake_cuda, packed
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -86,13 +86,6 @@ def test_opcheck(case: str, op: str) -> None:
 
 
 # --------------------------------------------------------------------------------- fake tensors
-
-
-def on_fake_cuda(x: Any) -> Any:
-    """A CUDA fake of a CPU tensor's shape, strides and dtype."""
-    if not isinstance(x, Tensor):
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
 
 @pytest.mark.parametrize("case", [*FEATURES, *PACKED])

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention_ops import on_fake_cuda, op_calls_of
+from test_attention_ops import op_calls_of
 from test_embedding import EmbeddingCall, P, V, embedding_call
+from tools import on_fake_cuda
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from ffn_tools import Call, ffn
-from test_attention_ops import compiled, on_fake_cuda, op_calls_of, same_as_eager
+from test_attention_ops import compiled, op_calls_of, same_as_eager
 from test_bias_act import act_call
 from test_layernorm import norm_call
-from tools import fake_grads
+from tools import fake_grads, on_fake_cuda
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

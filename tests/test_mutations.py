@@ -1,28 +1,17 @@
-"""Bugs planted in the CPU kernels, one at a time: some case must fail for each.
+"""Bugs planted in the CPU kernels of attention, one at a time: some case must fail for each.
 
-What proves the tests of the kernels: a case that no bug can fail checks nothing. A mutant is a
-library of the portable instruction set alone (mutant_shim.cpp), which takes seconds to compile; the
-cases are fp32 and held to the rule of `tools.judge`.
+What proves the tests of the kernels: a case that no bug can fail checks nothing. The cases are
+fp32, on the portable instruction set, and held to the rule of `tools.judge`.
 """
 
-import itertools
-import os
-import re
-import shutil
-import subprocess
-import sys
-import sysconfig
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import mutant
 import numpy as np
 import pytest
 import torch
+from mutation_lab import Lab, check_names, check_place
 from mutations import MUTATIONS, Mutation, sample
 from tools import (
     Problem,
@@ -35,16 +24,6 @@ from tools import (
     padded,
     plain_results,
 )
-
-HERE = Path(__file__).parent
-CPU = HERE.parent / "csrc" / "cpu"
-JOBS = 2
-# -O0: compiling is nine tenths of the time. The floating-point flags are those of setup.py.
-FLAGS = (
-    "-std=c++20", "-O0", "-g0", "-w", "-fvisibility=hidden", "-ffp-contract=fast",
-    "-fno-math-errno", "-fno-trapping-math",
-)  # fmt: skip
-SHARED = ("-fPIC", "-shared")
 
 # --------------------------------------------------------------------------------------- cases
 
@@ -133,7 +112,7 @@ CASES: dict[str, tuple[Any, int]] = {
 
 
 class Case:
-    """A problem with its oracle, and its arguments as mutant.py takes them."""
+    """A problem with its oracle, and its arguments as mutant_attention.py takes them."""
 
     def __init__(self, problem: Problem, threads: int) -> None:
         self.problem = problem
@@ -192,104 +171,12 @@ class Case:
         return None
 
 
-# ------------------------------------------------------------------------------------ libraries
-
-
-def pattern(code: str) -> str:
-    """A regular expression for the code however it is broken into lines."""
-    tokens = re.findall(r"\w+|[^\w\s]", code)
-    gaps = [
-        r"\s+" if a[-1].isalnum() and b[0].isalnum() else r"\s*"
-        for a, b in itertools.pairwise(tokens)
-    ]
-    return "".join(re.escape(t) + g for t, g in zip(tokens, [*gaps, ""], strict=True))
-
-
-def mutate(text: str, mutation: Mutation) -> str:
-    found = list(re.finditer(pattern(mutation.find), text))
-    assert len(found) == 1, (
-        f"{mutation.name}: {len(found)} places in {mutation.file}, wanted 1: {mutation.find}"
-    )
-    return text[: found[0].start()] + mutation.replace + text[found[0].end() :]
-
-
-def compiler() -> list[str]:
-    return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
-
-
-def build(
-    folder: Path,
-    mutation: Mutation | None,
-    shim: str = "mutant_shim.cpp",
-    source: str = "attention_portable.cpp",
-    beside: tuple[str, ...] = (),
-    flags: tuple[str, ...] = (),
-    edits: tuple[Mutation, ...] = (),
-    form: tuple[str, ...] = SHARED,
-) -> Path:
-    """The library of the kernels in `source`, which the shim includes, and in files compiled
-    `beside` it, with the mutation where there is one, and with what every library has `edits`."""
-    home = folder / "cpu"  # in a folder of its own: mutants are built at the same time
-    shutil.rmtree(home, ignore_errors=True)  # of the sample, before all
-    home.mkdir(parents=True)
-    own = ("scratch.cpp", "embedding.cpp")
-    for file in (*CPU.glob("*.h"), *(CPU / name for name in (source, *beside, *own))):
-        shutil.copy(file, home)
-    shutil.copy(CPU.parent / "operands.h", folder)  # "../operands.h"
-    for edit in (*edits, *([] if mutation is None else [mutation])):
-        file = home / edit.file
-        file.write_text(mutate(file.read_text(), edit))
-    library = folder / "mutant.so"
-    sources = [str(HERE / shim), *(str(home / name) for name in beside)]
-    command = [*compiler(), *FLAGS, *form, *flags, f"-I{home}", *sources, "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{folder.name} does not compile:\n{done.stderr}"
-    return library
-
-
-def outcome(library: Path, inputs: Path) -> dict[str, dict[str, np.ndarray]] | str:
-    """The results by case, or how the mutant died."""
-    out = library.with_name("out.npz")
-    command = [sys.executable, str(HERE / "mutant.py"), str(library), str(inputs), str(out)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        return "does not end"
-    if done.returncode < 0:
-        return f"died of signal {-done.returncode}"
-    assert done.returncode == 0, done.stderr
-    with np.load(out) as file:
-        return mutant.nested(dict(file))
-
-
-class Lab:
-    """The cases, and a folder to build mutants in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.cases = {n: Case(make(), threads) for n, (make, threads) in CASES.items()}
-        self.inputs = folder / "in.npz"
-        np.savez(
-            self.inputs,
-            **{f"{c}/{n}": x for c, case in self.cases.items() for n, x in case.arrays.items()},
-        )
-
-    def outcome(self, mutation: Mutation | None) -> dict[str, dict[str, np.ndarray]] | str:
-        library = build(self.folder / (mutation.name if mutation else "none"), mutation)
-        return outcome(library, self.inputs)
-
-    def failures(self, found: dict[str, dict[str, np.ndarray]] | str) -> dict[str, str]:
-        """What each case finds wrong, by case; a death is found by all."""
-        if isinstance(found, str):
-            return {"(all)": found}
-        verdicts = {n: case.verdict(found[n]) for n, case in self.cases.items()}
-        return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     torch.manual_seed(0)
-    return Lab(tmp_path_factory.mktemp("mutants"))
+    cases = {n: Case(make(), threads) for n, (make, threads) in CASES.items()}
+    recipe = {"source": "attention_portable.cpp"}
+    return Lab(tmp_path_factory.mktemp("mutants"), "attention", MUTATIONS, cases, recipe)
 
 
 # ---------------------------------------------------------------------------------------- tests
@@ -297,36 +184,22 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_mutation_has_its_place(mutation: Mutation) -> None:
-    text = (CPU / mutation.file).read_text()
-    assert mutate(text, mutation) != text
+    check_place(mutation)
 
 
 def test_names_are_unique() -> None:
-    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+    check_names(MUTATIONS)
 
 
 def test_the_kernels_themselves_pass(lab: Lab) -> None:
-    assert lab.failures(lab.outcome(None)) == {}
+    assert lab.failures(None) == {}
 
 
 @pytest.mark.slow
 def test_a_sample_of_mutations_is_caught(lab: Lab) -> None:
-    assert survivors(lab, sample(MUTATIONS)) == []
+    assert lab.survivors(sample(lab.mutations)) == []
 
 
 @pytest.mark.full
 def test_every_mutation_is_caught(lab: Lab) -> None:
-    assert survivors(lab, MUTATIONS) == []
-
-
-def survivors(lab: Lab, mutations: Sequence[Mutation]) -> list[str]:
-    with ThreadPoolExecutor(JOBS) as pool:
-        caught = {
-            m.name: lab.failures(found)
-            for m, found in zip(mutations, pool.map(lab.outcome, mutations), strict=True)
-        }
-    for name, failures in caught.items():
-        print(f"{name:30} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
-    idle = [c for c in CASES if not any(c in failures for failures in caught.values())]
-    print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
-    return [name for name, failures in caught.items() if not failures]
+    assert lab.survivors(lab.mutations) == []

@@ -1,24 +1,18 @@
 """Bugs planted in the CPU kernels of layernorm_ffn, one at a time: some case must fail for each.
 
-The machinery is that of test_mutations.py, the rule that of tools.py.
+The machinery is mutation_lab.py, the rule that of tools.py.
 """
 
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import mutant
 import mutant_ffn
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mutation_lab import Lab, check_names, check_place
 from mutations import Mutation, sample
 from mutations_ffn import MUTATIONS, TILE_MUTATIONS, WIDE_MUTATIONS
-from test_mutations import CPU, HERE, JOBS, build, mutate
 from tools import assert_within, one_thread
 from torch import Tensor
 
@@ -172,38 +166,6 @@ class Case:
         return None
 
 
-class Lab:
-    """The cases, and a folder to build mutants in, of the kernels of one instruction set."""
-
-    def __init__(self, folder: Path, isa: str, cases: dict[str, dict[str, Any]]) -> None:
-        self.folder, self.isa = folder, isa
-        self.cases = {n: Case(spec) for n, spec in cases.items()}
-        self.inputs = folder / "in.npz"
-        np.savez(
-            self.inputs,
-            **{f"{c}/{n}": x for c, case in self.cases.items() for n, x in case.arrays.items()},
-        )
-
-    def failures(self, mutation: Mutation | None) -> dict[str, str]:
-        """What each case finds wrong, by case; a death is found by all."""
-        library = build(
-            self.folder / (mutation.name if mutation else "none"), mutation,
-            shim="mutant_ffn_shim.cpp", source=f"layernorm_ffn_{self.isa}.cpp",
-            beside=(f"embedding_{self.isa}.cpp",),
-            flags=(f"-DISA={self.isa}", f'-DSOURCE="layernorm_ffn_{self.isa}.cpp"'),
-        )  # fmt: skip
-        out = library.with_name("out.npz")
-        command = [sys.executable, str(HERE / "mutant_ffn.py"), library, self.inputs, out]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode < 0:
-            return {"(all)": f"died of signal {-done.returncode}"}
-        assert done.returncode == 0, done.stderr
-        with np.load(out) as file:
-            found = mutant.nested(dict(file))
-        verdicts = {n: case.verdict(found[n]) for n, case in self.cases.items()}
-        return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
-
-
 KINDS = {
     "portable": (MUTATIONS, CASES),
     "avx512": (WIDE_MUTATIONS, WIDE_CASES),
@@ -217,17 +179,28 @@ EVERY = [m for mutations, _ in KINDS.values() for m in mutations]
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     torch.manual_seed(0)
     isa = request.param
-    return Lab(tmp_path_factory.mktemp(f"ffn_mutants_{isa}"), isa, KINDS[isa][1])
+    mutations, cases = KINDS[isa]
+    source = f"layernorm_ffn_{isa}.cpp"
+    recipe = {
+        "source": source, "beside": (f"embedding_{isa}.cpp",),
+        "flags": (f"-DISA={isa}", f'-DSOURCE="{source}"'),
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp(f"ffn_mutants_{isa}")
+    headers = () if isa == "portable" else ("immintrin.h",)
+    made = {n: Case(spec) for n, spec in cases.items()}
+    return Lab(folder, "ffn", mutations, made, recipe, headers)
 
 
 @pytest.mark.parametrize("mutation", EVERY, ids=lambda m: m.name)
 def test_mutation_has_its_place(mutation: Mutation) -> None:
-    text = (CPU / mutation.file).read_text()
-    assert mutate(text, mutation) != text
+    check_place(mutation)
+
+
+def test_names_are_unique() -> None:
+    check_names(EVERY)
 
 
 def test_results_have_their_arguments() -> None:
-    assert len({m.name for m in EVERY}) == len(EVERY)
     assert set(mutant_ffn.RESULTS) >= {"y", "dx", "a", "du", "ffn_y", "emb_y"}
 
 
@@ -237,20 +210,9 @@ def test_the_kernels_themselves_pass(lab: Lab) -> None:
 
 @pytest.mark.slow
 def test_a_sample_of_mutations_is_caught(lab: Lab) -> None:
-    assert survivors(lab, sample(KINDS[lab.isa][0])) == []
+    assert lab.survivors(sample(lab.mutations)) == []
 
 
 @pytest.mark.full
 def test_every_mutation_is_caught(lab: Lab) -> None:
-    assert survivors(lab, KINDS[lab.isa][0]) == []
-
-
-def survivors(lab: Lab, mutations: Sequence[Mutation]) -> list[str]:
-    with ThreadPoolExecutor(JOBS) as pool:
-        found = [*pool.map(lab.failures, mutations)]
-    caught = {m.name: failures for m, failures in zip(mutations, found, strict=True)}
-    for name, failures in caught.items():
-        print(f"{name:30} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
-    idle = [c for c in lab.cases if not any(c in failures for failures in caught.values())]
-    print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
-    return [name for name, failures in caught.items() if not failures]
+    assert lab.survivors(lab.mutations) == []

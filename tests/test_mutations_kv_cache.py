@@ -1,22 +1,16 @@
 """Bugs planted in the CPU kernels of attention over a cache, one at a time: some case must fail
-for each. The machinery is that of test_mutations.py, the rule that of rule.py."""
+for each. The machinery is mutation_lab.py, the rule that of rule.py."""
 
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import mutant
 import numpy as np
 import pytest
 import torch
 from kv_cache_tools import CACHES, assert_same_bits, featured, lengths
+from mutation_lab import Lab, check_names, check_place
 from mutations import Mutation, sample
 from mutations_kv_cache import MUTATIONS
 from rule import as_is, assert_within, one_thread
-from test_mutations import CPU, HERE, JOBS, build, mutate
 
 # feature of kv_cache_tools.py, and sizes.
 CASES: dict[str, dict[str, Any]] = {
@@ -86,53 +80,22 @@ class Case:
         return None
 
 
-class Lab:
-    """The cases, and a folder to build mutants in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.cases = {n: Case(**spec) for n, spec in CASES.items()}
-        self.inputs = folder / "in.npz"
-        np.savez(
-            self.inputs,
-            **{f"{c}/{n}": x for c, case in self.cases.items() for n, x in case.arrays.items()},
-        )
-
-    def failures(self, mutation: Mutation | None) -> dict[str, str]:
-        """What each case finds wrong, by case; a death is found by all."""
-        built = build(
-            self.folder / (mutation.name if mutation else "none"), mutation,
-            shim="mutant_kv_cache_shim.cpp", source="attention_kv_cache_portable.cpp",
-        )  # fmt: skip
-        out = built.with_name("out.npz")
-        command = [sys.executable, str(HERE / "mutant_kv_cache.py"), built, self.inputs, out]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        except subprocess.TimeoutExpired:
-            return {"(all)": "does not end"}
-        if done.returncode < 0:
-            return {"(all)": f"died of signal {-done.returncode}"}
-        assert done.returncode == 0, done.stderr
-        with np.load(out) as file:
-            found = mutant.nested(dict(file))
-        verdicts = {n: case.verdict(found[n]) for n, case in self.cases.items()}
-        return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     torch.manual_seed(0)
-    return Lab(tmp_path_factory.mktemp("kv_cache_mutants"))
+    folder = tmp_path_factory.mktemp("kv_cache_mutants")
+    cases = {n: Case(**spec) for n, spec in CASES.items()}
+    recipe = {"source": "attention_kv_cache_portable.cpp"}
+    return Lab(folder, "kv_cache", MUTATIONS, cases, recipe)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_mutation_has_its_place(mutation: Mutation) -> None:
-    text = (CPU / mutation.file).read_text()
-    assert mutate(text, mutation) != text
+    check_place(mutation)
 
 
 def test_names_are_unique() -> None:
-    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+    check_names(MUTATIONS)
 
 
 def test_the_kernels_themselves_pass(lab: Lab) -> None:
@@ -141,20 +104,9 @@ def test_the_kernels_themselves_pass(lab: Lab) -> None:
 
 @pytest.mark.slow
 def test_a_sample_of_mutations_is_caught(lab: Lab) -> None:
-    assert survivors(lab, sample(MUTATIONS)) == []
+    assert lab.survivors(sample(lab.mutations)) == []
 
 
 @pytest.mark.full
 def test_every_mutation_is_caught(lab: Lab) -> None:
-    assert survivors(lab, MUTATIONS) == []
-
-
-def survivors(lab: Lab, mutations: Sequence[Mutation]) -> list[str]:
-    with ThreadPoolExecutor(JOBS) as pool:
-        found = [*pool.map(lab.failures, mutations)]
-    caught = {m.name: failures for m, failures in zip(mutations, found, strict=True)}
-    for name, failures in caught.items():
-        print(f"{name:32} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
-    idle = [c for c in lab.cases if not any(c in failures for failures in caught.values())]
-    print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
-    return [name for name, failures in caught.items() if not failures]
+    assert lab.survivors(lab.mutations) == []

@@ -1,30 +1,27 @@
 """Bugs planted in the CPU kernels of LSTM, GRU and RNN, one at a time: some case must fail for
 each.
 
-The machinery is that of test_mutations.py, the rule that of tools.py. Barriers are for
+The machinery is mutation_lab.py, the rule that of tools.py. Barriers are for
 ThreadSanitizer, in a program of its own: a missing one shows in the values only by luck.
 """
 
 import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import mutant
 import numpy as np
 import pytest
 import torch
+from mutation_lab import HERE, Lab, build, check_names, check_place
 from mutations import Mutation, sample
 from mutations_recurrent import (
+    EDITS,
     GRU_MUTATIONS,
     LSTM_MUTATIONS,
-    PATIENT,
     RACES,
+    TILE_MUTATIONS,
     WIDE_MUTATIONS,
 )
-from test_mutations import CPU, FLAGS, HERE, JOBS, SHARED, build, compiler, mutate
 from tools import assert_within, one_thread
 from torch import Tensor
 
@@ -61,6 +58,17 @@ WIDE_CASES: dict[str, dict[str, Any]] = {
     "pieces": {"T": 3, "B": 13, "H": 130},
     "projected": {"T": 3, "B": 20, "H": 117, "P": 100},
 }  # fmt: skip
+# Those of AMX, bf16: tiles of 16 rows and of 32 in k. Both ways through them (at most two steps of
+# k, or more), an odd number of row tiles, of column tiles (GRU's three gates) and of columns.
+TILE_CASES: dict[str, dict[str, Any]] = {
+    "two_steps": {"T": 3, "B": 35, "H": 40, "D": 2, "mask": True, "half": True},
+    "one_step_of_k": {"T": 3, "B": 17, "H": 21, "lengths": [3, 1] * 8 + [0], "half": True},
+    "blocks": {"T": 3, "B": 35, "H": 83, "half": True},
+    "projected": {"T": 3, "B": 19, "H": 75, "P": 37, "D": 2, "half": True},
+    "team": {"T": 4, "B": 20, "H": 130, "threads": 2, "half": True},
+    "gru_tiles": {"cell": GRU, "T": 3, "B": 35, "H": 37, "mask": True, "half": True},
+    "gru_blocks": {"cell": GRU, "T": 3, "B": 49, "H": 71, "half": True},
+}  # fmt: skip
 
 
 class Case:
@@ -87,10 +95,13 @@ class Case:
             self.tensors["w_hr"] *= H**-0.5
         if given.get("mask"):
             self.tensors["h_mask"] = (torch.rand(D, B, P) < 0.7) / 0.7
+        # Floats on their way in and out, bf16 in between.
+        self.dtype = torch.bfloat16 if given.get("half") else torch.float32
+        self.tensors = {n: x.to(self.dtype).float() for n, x in self.tensors.items()}
         self.numbers = {"T": T, "cell": self.cell, "reverse": reverse}
         with one_thread():
             self.right = self.results(torch.float64)
-            self.plain = [self.results(torch.float32)]
+            self.plain = [self.results(self.dtype)]
         numbers = self.numbers | {"H": H, "P": P, "D": D, "B": B, "N": N}
         self.arrays = {n: np.asarray(x) for n, x in (self.tensors | self.ints).items()}
         self.arrays |= {n: np.asarray(x) for n, x in numbers.items()}
@@ -136,7 +147,8 @@ class Case:
         assert results.keys() == self.right.keys()
         try:
             for n, x in self.right.items():
-                assert_within(n, torch.from_numpy(results[n]), x, [p[n] for p in self.plain])
+                got = torch.from_numpy(results[n]).to(self.dtype)
+                assert_within(n, got, x, [p[n] for p in self.plain])
         except AssertionError as error:
             return str(error).splitlines()[0]
         return None
@@ -161,82 +173,48 @@ def _steps(
     return (None, lengths), ints, here.view(-1)
 
 
-# name -> instruction set and its level, the cells compiled, planted bugs, cases.
+# name -> instruction set and its level, what is compiled, planted bugs, cases.
 KINDS: dict[str, tuple[str, int, str, tuple[Mutation, ...], dict[str, dict[str, Any]]]] = {
     "lstm": ("portable", 0, "LSTM", LSTM_MUTATIONS, LSTM_CASES),
     "gru": ("portable", 0, "GRU", GRU_MUTATIONS, GRU_CASES),
     "wide": ("avx512", 2, "LSTM", WIDE_MUTATIONS, WIDE_CASES),
+    "tiles": ("amx", 3, "TILES", TILE_MUTATIONS, TILE_CASES),
 }
-EVERY = (*LSTM_MUTATIONS, *GRU_MUTATIONS, *WIDE_MUTATIONS, *RACES)
+EVERY = (*LSTM_MUTATIONS, *GRU_MUTATIONS, *WIDE_MUTATIONS, *TILE_MUTATIONS, *RACES)
 
 
-def definitions(isa: str, level: int, cells: str) -> tuple[str, ...]:
-    return (f"-DFASTATTN_ISA={isa}", f"-DFASTATTN_LEVEL={level}", f"-D{cells}")
+def runs_here(kind: str) -> bool:
+    """A machine without AVX-512 never runs what needs it; one without AMX has its tiles made of
+    that."""
+    return KINDS[kind][0] in cpu_isas() or (kind == "tiles" and "avx512" in cpu_isas())
 
 
-def library(folder: Path, mutation: Mutation | None, flags: tuple[str, ...], **more: Any) -> Path:
-    return build(
-        folder / (mutation.name if mutation else "none"), mutation,
-        shim="mutant_recurrent_shim.cpp", source="recurrent_portable.cpp", edits=(PATIENT,),
-        flags=flags, **more,
-    )  # fmt: skip
+def definitions(isa: str, level: int, what: str) -> tuple[str, ...]:
+    return (f"-DFASTATTN_ISA={isa}", f"-DFASTATTN_LEVEL={level}", f"-D{what}")
 
 
-def with_headers(folder: Path, flags: tuple[str, ...]) -> tuple[str, ...]:
-    """The flags with the standard's headers compiled beforehand: half of what a mutant takes."""
-    header = folder / "standard.h"
-    names = ("algorithm", "atomic", "cmath", "cstring", "limits", "memory", "thread", "vector")
-    lines = [f"#include <{n}>\n" for n in names]
-    lines.append("#if FASTATTN_LEVEL > 0\n#include <immintrin.h>\n#endif\n")
-    header.write_text("".join(lines))
-    command = [*compiler(), *FLAGS, *SHARED, *flags, "-x", "c++-header", header]
-    subprocess.run([*command, "-o", f"{header}.gch"], check=True)
-    return (*flags, "-include", str(header))
-
-
-class Lab:
-    """The cases of a kind, and a folder to build mutants in."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder = folder
-        *target, self.mutations, cases = KINDS[kind]
-        self.flags = with_headers(folder, definitions(*target))
-        self.cases = {n: Case(spec) for n, spec in cases.items()}
-        self.inputs = folder / "in.npz"
-        np.savez(
-            self.inputs,
-            **{f"{c}/{n}": x for c, case in self.cases.items() for n, x in case.arrays.items()},
-        )
-
-    def failures(self, mutation: Mutation | None) -> dict[str, str]:
-        """What each case finds wrong, by case; a death is found by all."""
-        built = library(self.folder, mutation, self.flags)
-        out = built.with_name("out.npz")
-        command = [sys.executable, str(HERE / "mutant_recurrent.py"), built, self.inputs, out]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except subprocess.TimeoutExpired:
-            return {"(all)": "does not end"}
-        if done.returncode < 0:
-            return {"(all)": f"died of signal {-done.returncode}"}
-        assert done.returncode == 0, done.stderr
-        with np.load(out) as file:
-            found = mutant.nested(dict(file))
-        verdicts = {n: case.verdict(found[n]) for n, case in self.cases.items()}
-        return {n: wrong for n, wrong in verdicts.items() if wrong is not None}
-
-
-# A machine without AVX-512 never runs the kernels of the last kind.
-@pytest.fixture(scope="module", params=[k for k, v in KINDS.items() if v[0] in cpu_isas()])
+@pytest.fixture(scope="module", params=[kind for kind in KINDS if runs_here(kind)])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     torch.manual_seed(0)
-    return Lab(tmp_path_factory.mktemp(f"recurrent_mutants_{request.param}"), request.param)
+    kind = request.param
+    isa, level, what, mutations, specs = KINDS[kind]
+    headers = ("immintrin.h",) if level else ()
+    if isa == "amx" and isa not in cpu_isas():
+        headers = (str(HERE / "amx_stand_in.h"),)
+    recipe = {
+        "source": "recurrent_portable.cpp", "edits": EDITS, "flags": definitions(isa, level, what),
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp(f"recurrent_mutants_{kind}")
+    cases = {n: Case(spec) for n, spec in specs.items()}
+    return Lab(folder, "recurrent", mutations, cases, recipe, headers)
 
 
 def race(folder: Path, mutation: Mutation | None) -> str:
     """What ThreadSanitizer says of the program: "" where nothing."""
-    program = library(
-        folder, mutation, (*definitions("portable", 0, "LSTM"), "-DRACES"),
+    program = build(
+        folder / (mutation.name if mutation else "none"), mutation,
+        shim="mutant_recurrent_shim.cpp", source="recurrent_portable.cpp", edits=EDITS,
+        flags=(*definitions("portable", 0, "LSTM"), "-DRACES"),
         form=("-fsanitize=thread", "-fno-pie", "-no-pie"),
     )  # fmt: skip
     done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
@@ -247,12 +225,11 @@ def race(folder: Path, mutation: Mutation | None) -> str:
 
 @pytest.mark.parametrize("mutation", EVERY, ids=lambda m: m.name)
 def test_mutation_has_its_place(mutation: Mutation) -> None:
-    text = (CPU / mutation.file).read_text()
-    assert mutate(text, mutation) != text
+    check_place(mutation)
 
 
 def test_names_are_unique() -> None:
-    assert len({m.name for m in EVERY}) == len(EVERY)
+    check_names(EVERY)
 
 
 def test_the_kernels_themselves_pass(lab: Lab) -> None:
@@ -261,23 +238,12 @@ def test_the_kernels_themselves_pass(lab: Lab) -> None:
 
 @pytest.mark.slow
 def test_a_sample_of_mutations_is_caught(lab: Lab) -> None:
-    assert survivors(lab, sample(lab.mutations)) == []
+    assert lab.survivors(sample(lab.mutations)) == []
 
 
 @pytest.mark.full
 def test_every_mutation_is_caught(lab: Lab) -> None:
-    assert survivors(lab, lab.mutations) == []
-
-
-def survivors(lab: Lab, mutations: Sequence[Mutation]) -> list[str]:
-    with ThreadPoolExecutor(JOBS) as pool:
-        found = [*pool.map(lab.failures, mutations)]
-    caught = {m.name: failures for m, failures in zip(mutations, found, strict=True)}
-    for name, failures in caught.items():
-        print(f"{name:32} {len(failures):2}  {' '.join(failures) or 'SURVIVES'}")
-    idle = [c for c in lab.cases if not any(c in failures for failures in caught.values())]
-    print(f"cases that caught nothing: {' '.join(idle) or 'none'}")
-    return [name for name, failures in caught.items() if not failures]
+    assert lab.survivors(lab.mutations) == []
 
 
 def test_no_race(tmp_path: Path) -> None:

@@ -44,6 +44,13 @@ def values(shape: Sequence[int], dtype: torch.dtype, kind: str, role: str = "q")
     return x.to(dtype)
 
 
+def on_fake_cuda(x: Any) -> Any:
+    """A CUDA fake of a CPU tensor's shape, strides and dtype."""
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call with its upstream gradients; every tensor keeps the strides it was made with."""

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from refused_calls import arguments, qkv, refused, refused_backward
-from test_attention_ops import PACKED, on_fake_cuda, op_calls, problem_named
-from tools import fake_grads, packed, padded
+from test_attention_ops import PACKED, op_calls, problem_named
+from tools import fake_grads, on_fake_cuda, packed, padded
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from ffn_tools import Call, ffn, run
-from test_attention_ops import on_fake_cuda, op_calls_of
-from tools import fake_grads
+from test_attention_ops import op_calls_of
+from tools import fake_grads, on_fake_cuda
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
