@@ -7,12 +7,8 @@
 
 #include <tuple>
 
-#include "attention_args.h"
+#include "attention_kv_cache_args.h"
 #include "cpu.h"
-
-#undef FASTATTN_CHECK
-#define FASTATTN_CHECK(cond, ...) \
-  STD_TORCH_CHECK(cond, "fastattn::attention_with_kv_cache: ", __VA_ARGS__)
 
 namespace {
 
@@ -23,12 +19,9 @@ using fastattn::Indices;
 using fastattn::Operand;
 using namespace fastattn::binding;
 
-Indices indices(const Tensor& x, int64_t dims, int64_t rows, const char* name) {
-  FASTATTN_CHECK(x.dim() == dims && x.size(0) == rows, name, " must have ", dims,
-                 " dimensions, the first of them ", rows);
+Indices indices(const Tensor& x) {
   const bool wide = x.scalar_type() == ScalarType::Long;
-  FASTATTN_CHECK(wide || x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
-  return {x.const_data_ptr(), wide, x.stride(0), dims > 1 ? x.stride(1) : 0};
+  return {x.const_data_ptr(), wide, x.stride(0), x.dim() > 1 ? x.stride(1) : 0};
 }
 
 std::vector<float> floats(const Tensor& x) {
@@ -37,27 +30,9 @@ std::vector<float> floats(const Tensor& x) {
   return std::vector<float>(p, p + f.numel());
 }
 
-// Two elements of a tensor that is written may not share memory.
-bool overlaps(const Tensor& x) {
-  int64_t order[4] = {0, 1, 2, 3}, reach = 0;
-  std::sort(order, order + 4, [&](int64_t a, int64_t b) { return x.stride(a) < x.stride(b); });
-  for (const int64_t d : order) {
-    if (x.size(d) <= 1) continue;
-    if (x.stride(d) <= reach) return true;
-    reach += x.stride(d) * (x.size(d) - 1);
-  }
-  return false;
-}
-
 // The rows are read with unit stride in d.
 Tensor readable(const Tensor& x) {
   return x.stride(3) == 1 || x.size(3) <= 1 ? x : torch::stable::contiguous(x);
-}
-
-Operand unit(const Tensor& x) {
-  Operand o = operand(x, false);
-  o.d = 1;  // of one column, any
-  return o;
 }
 
 struct Call {
@@ -69,56 +44,33 @@ struct Call {
   std::vector<int64_t> cache_len, new_len;
   std::vector<float> alibi, sinks;
 
-  Call(const Tensor& given_q, const Tensor& k_cache, const Tensor& v_cache) : q(given_q) {
-    for (const Tensor* x : {&given_q, &k_cache, &v_cache}) {
-      FASTATTN_CHECK(x->dim() == 4, "q and the caches must have 4 dimensions, got ", x->dim());
-      FASTATTN_CHECK(x->scalar_type() == q.scalar_type(), "q and the caches must have one dtype");
-    }
-    a.dtype = dtype_of(q, "q");
-    FASTATTN_CHECK(a.dtype != DType::kBool, "q must be float32, bfloat16 or float16");
-    a.B = q.size(0), a.H = q.size(1), a.Sq = q.size(2), a.D = q.size(3);
-    entries = k_cache.size(0), a.Hk = k_cache.size(1), a.Sk = k_cache.size(2),
-    a.Dv = v_cache.size(3);
-    FASTATTN_CHECK(a.Sq > 0, "q must have at least one row a sequence");
-    FASTATTN_CHECK(a.D > 0 && a.Dv > 0, "head_dim must be at least 1");
-    FASTATTN_CHECK(k_cache.size(3) == a.D, "k_cache must have q's head_dim ", a.D);
-    FASTATTN_CHECK(v_cache.size(0) == entries && v_cache.size(1) == a.Hk && v_cache.size(2) == a.Sk,
-                   "v_cache must have k_cache's first dimensions");
-    FASTATTN_CHECK(a.Hk > 0 && a.H % a.Hk == 0, "q's heads must be a multiple of the cache's, got ",
-                   a.H, " and ", a.Hk);
-    for (const Tensor* x : {&k_cache, &v_cache})
-      FASTATTN_CHECK(x->stride(3) == 1 || x->size(3) == 1, "the caches must have stride 1 in d");
+  explicit Call(const CacheArguments& given) : q(given.q) {
+    set_caches(a, given);
+    entries = given.k_cache.size(0);
     q = readable(q);
-    a.q = unit(q), a.k = unit(k_cache), a.v = unit(v_cache);
+    a.q = unit(q);
+    p.Sn = new_rows(a, given);
+    if (given.k) {
+      k = readable(*given.k), v = readable(*given.v);
+      p.new_k = unit(*k), p.new_v = unit(*v);
+    }
+    set_where(given);
+    set_lengths(given);
+    set_rotary(given);
+    set_cache_features(a, given);
+    if (given.alibi_slopes) alibi = floats(*given.alibi_slopes), a.alibi = alibi.data();
+    if (given.sinks) sinks = floats(*given.sinks), a.sinks = sinks.data();
   }
 
-  void set_new_rows(const Opt& given_k, const Opt& given_v, const Tensor& k_cache,
-                    const Tensor& v_cache) {
-    FASTATTN_CHECK(given_k.has_value() == given_v.has_value(), "k and v must be given together");
-    if (!given_k) return;
-    for (const Tensor* x : {&*given_k, &*given_v})
-      FASTATTN_CHECK(x->dim() == 4 && x->scalar_type() == q.scalar_type() && x->size(0) == a.B &&
-                         x->size(1) == a.Hk && x->size(2) == given_k->size(2),
-                     "k and v must be (B, Hk, Sn, ...) of q's dtype");
-    FASTATTN_CHECK(given_k->size(3) == a.D && given_v->size(3) == a.Dv,
-                   "k and v must have the caches' head_dims");
-    p.Sn = given_k->size(2);
-    if (given_k->numel() + given_v->numel() > 0)
-      FASTATTN_CHECK(!overlaps(k_cache) && !overlaps(v_cache),
-                     "no two elements of a cache may share memory");
-    k = readable(*given_k), v = readable(*given_v);
-    p.new_k = unit(*k), p.new_v = unit(*v);
-  }
-
-  void set_where(const Opt& block_table, const Opt& cache_index) {
-    if (block_table) {
-      FASTATTN_CHECK(!cache_index, "cache_index does not go with block_table");
-      FASTATTN_CHECK(a.Sk > 0, "a page must have at least one slot");
-      p.block_table = indices(*block_table, 2, a.B, "block_table");
+ private:
+  void set_where(const CacheArguments& given) {
+    check_where(a, given);
+    if (given.block_table) {
+      p.block_table = indices(*given.block_table);
       p.page_size = a.Sk;
-      a.Sk *= block_table->size(1);
-    } else if (cache_index) {
-      p.cache_index = indices(*cache_index, 1, a.B, "cache_index");
+      a.Sk *= given.block_table->size(1);
+    } else if (given.cache_index) {
+      p.cache_index = indices(*given.cache_index);
       std::vector<int64_t> seen;
       for (int64_t b = 0; b < a.B; ++b) {
         const int64_t entry = p.cache_index.at(b);
@@ -129,20 +81,15 @@ struct Call {
       std::sort(seen.begin(), seen.end());
       FASTATTN_CHECK(!k || std::adjacent_find(seen.begin(), seen.end()) == seen.end(),
                      "sequences that append need entries of their own in cache_index");
-    } else {
-      FASTATTN_CHECK(entries == a.B, "the cache has ", entries, " entries for ", a.B, " sequences");
     }
   }
 
-  // After set_new_rows and set_where.
-  void set_lengths(const Tensor& cache_lens, const Opt& new_lens) {
-    const Indices at = indices(cache_lens, 1, a.B, "cache_lens");
+  // After set_where.
+  void set_lengths(const CacheArguments& given) {
+    check_lengths(a, given, p.Sn);
+    const Indices at = indices(given.cache_lens);
     Indices more;
-    if (new_lens) {
-      FASTATTN_CHECK(k && p.Sn == a.Sq, "new_lens needs k and v of as many rows as q");
-      more = indices(*new_lens, 1, a.B, "new_lens");
-      p.ragged = true;
-    }
+    if (given.new_lens) more = indices(*given.new_lens), p.ragged = true;
     for (int64_t b = 0; b < a.B; ++b) {
       const int64_t first = at.at(b), n = more.ptr ? more.at(b) : p.Sn;
       FASTATTN_CHECK(first >= 0, "cache_lens[", b, "] must not be negative, got ", first);
@@ -165,52 +112,20 @@ struct Call {
   }
 
   // After set_lengths.
-  void set_rotary(const Opt& cos, const Opt& sin, bool interleaved) {
-    FASTATTN_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given together");
-    if (!cos) return;
-    for (const Tensor* x : {&*cos, &*sin})
-      FASTATTN_CHECK(x->dim() == 2 && x->scalar_type() == ScalarType::Float && x->is_contiguous() &&
-                         x->size(0) == cos->size(0) && x->size(1) == cos->size(1),
-                     "cos and sin must be contiguous float32 of one shape (positions, R / 2)");
-    p.half = cos->size(1), p.interleaved = interleaved;
-    FASTATTN_CHECK(p.half >= 1 && 2 * p.half <= a.D, "rotary must have R <= head_dim ", a.D);
+  void set_rotary(const CacheArguments& given) {
+    p.half = rotary_half(a, given), p.interleaved = given.interleaved;
+    if (!p.half) return;
+    const int64_t positions = given.cos->size(0);
     for (int64_t b = 0; b < a.B; ++b) {
       const int64_t total = cache_len[size_t(b)] + new_len[size_t(b)];
       const bool any = !p.ragged || new_len[size_t(b)] > 0;
-      FASTATTN_CHECK(!any || total <= cos->size(0), "sequence ", b, " reaches position ", total - 1,
-                     ", beyond rotary's ", cos->size(0), " positions");
+      FASTATTN_CHECK(!any || total <= positions, "sequence ", b, " reaches position ", total - 1,
+                     ", beyond rotary's ", positions, " positions");
     }
     // A table without rows can only be asked for rows that are not there.
-    if (cos->size(0) == 0) return;
-    p.cos = static_cast<const float*>(cos->const_data_ptr());
-    p.sin = static_cast<const float*>(sin->const_data_ptr());
-  }
-
-  void set_features(const Opt& mask, const Opt& alibi_slopes, const Opt& given_sinks) {
-    if (mask) {
-      FASTATTN_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-      const int64_t limits[4] = {a.B, a.H, a.Sq, a.Sk};
-      a.mask = broadcast(*mask, limits, "mask");
-    }
-    if (alibi_slopes) {
-      const bool two = alibi_slopes->dim() == 2;
-      FASTATTN_CHECK(alibi_slopes->numel() == (two ? a.B : 1) * a.H,
-                     "alibi_slopes must have shape (H,) or (B, H)");
-      alibi = floats(*alibi_slopes);
-      a.alibi = alibi.data(), a.alibi_b = two ? a.H : 0;
-    }
-    if (given_sinks) {
-      FASTATTN_CHECK(given_sinks->numel() == a.H, "sinks must have shape (H,)");
-      sinks = floats(*given_sinks);
-      a.sinks = sinks.data();
-    }
-  }
-
-  void set_numbers(double scale, double softcap, bool causal, int64_t left, int64_t right) {
-    a.scale = float(scale), a.softcap = float(softcap);
-    a.causal = causal ? fastattn::Causal::kBottomRight : fastattn::Causal::kNone;
-    const int64_t furthest = a.Sq + a.Sk;  // further is no further
-    a.window_left = std::min(left, furthest), a.window_right = std::min(right, furthest);
+    if (positions == 0) return;
+    p.cos = static_cast<const float*>(given.cos->const_data_ptr());
+    p.sin = static_cast<const float*>(given.sin->const_data_ptr());
   }
 };
 
@@ -220,13 +135,10 @@ std::tuple<Tensor, Tensor> attention_kv_cache(Tensor q, Tensor k_cache, Tensor v
                                               Opt mask, Opt alibi_slopes, Opt sinks, double scale,
                                               double softcap, bool causal, int64_t window_left,
                                               int64_t window_right, bool interleaved) {
-  Call call(q, k_cache, v_cache);
-  call.set_new_rows(k, v, k_cache, v_cache);
-  call.set_where(block_table, cache_index);
-  call.set_lengths(cache_lens, new_lens);
-  call.set_rotary(cos, sin, interleaved);
-  call.set_features(mask, alibi_slopes, sinks);
-  call.set_numbers(scale, softcap, causal, window_left, window_right);
+  Call call({q,       k_cache,  v_cache,      cache_lens,   k,
+             v,       new_lens, block_table,  cache_index,  cos,
+             sin,     mask,     alibi_slopes, sinks,        scale,
+             softcap, causal,   window_left,  window_right, interleaved});
   AttentionParams& a = call.a;
   Tensor o = empty_as(empty_strided, q, a.Dv);
   Tensor lse = empty(empty_strided, {a.B, a.H, a.Sq}, aoti_torch_dtype_float32());

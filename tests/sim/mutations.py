@@ -254,7 +254,7 @@ FORWARD = (
     ),
     Mutation(
         "sink_joins_no_sum",
-        FWD,
+        CALL,
         "l = l * factor + ptx::exp2_approx(float((sink - top) * double(call.c) - lift));",
         "l = l * factor;",
         "the sink takes no share",
