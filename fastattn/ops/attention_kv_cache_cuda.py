@@ -27,7 +27,9 @@ def kernel(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    if not guard.may_run("cuda", kernel, args):
+    # The binding words what is wrong with a direct call; the guard takes its shapes for granted.
+    shaped = all(x.dim() == 4 for x in args[:3]) and (args[9] is None or args[9].dim() == 2)
+    if shaped and not guard.may_run("cuda", kernel, args):
         return guard.by_reference(*args)
     return kernel(*args)
 

@@ -245,7 +245,7 @@ FORWARD = (
     ),
     Mutation(
         "lse_in_log2",
-        FWD,
+        CALL,
         "log2_l * kLn2",
         "log2_l",
         "lse adds log2 to natural log",
@@ -368,7 +368,7 @@ FORWARD = (
     ),
     Mutation(
         "survivors_keep_their_size",
-        FWD,
+        CALL,
         "factor * call.keep_scale / l",
         "factor / l",
         "dropout shrinks o",
