@@ -16,7 +16,7 @@ from fastattn import reference
 from sim import ptx
 from sim.cudart import Device
 
-pytestmark = [pytest.mark.usefixtures("gpu"), pytest.mark.sampled(4)]
+pytestmark = [pytest.mark.usefixtures("gpu"), pytest.mark.sampled(5)]
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 FEW, MANY, APPEND, MERGE = "few", "many", "append", "merge"
