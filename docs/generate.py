@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent
 backends = sys.modules[fastattn.backends.__module__]  # fastattn.backends is the function
 NAMES = {"cpu": "CPU", "triton": "Triton", "cuda": "CUDA C++", "reference": "plain PyTorch"}
 OPS = (
-    ("attention", "attention"),
+    ("attention", "attention, over a KV cache too"),
     ("layernorm_ffn", "layernorm_ffn"),
     ("layer_norm", "norms, bias_act"),
     ("lstm", "lstm, gru, rnn"),

@@ -27,9 +27,9 @@ whole block in one kernel to pay (:func:`ffn_block_pays`), and never otherwise.
 ``lstm``, ``gru`` and ``rnn`` take CUDA C++ before Triton on every NVIDIA GPU: its recurrent weights
 stay on chip for the whole call, and steps meet at a barrier (about 1.5 us, others' measurement on
 an H100) where Triton launches a kernel a step (about 3 us), or has one SM for a slice of the batch.
-``auto`` tries a backend only for the ops that it has kernels of: norms, bias_act and
-attention_with_kv_cache have Triton's alone, whatever the row says. They are bound by memory, and a
-pass in any language moves the same bytes.
+``auto`` tries a backend only for the ops that it has kernels of: norms and bias_act have Triton's
+alone, whatever the row says. They are bound by memory, and a pass in any language moves the same
+bytes.
 
 GPU kernels check themselves at first use (fastattn.first_use); none was timed on hardware yet, so
 the order is arithmetic. fp64 and head_dim above 256 go to plain PyTorch, with one warning, as does
@@ -81,7 +81,7 @@ _ROW_OPS = ("layer_norm", "rms_norm", "add_layer_norm", "bias_act", "layernorm_f
 _RECURRENT = ("lstm", "gru", "rnn")
 _GPU_OPS: dict[str, tuple[str, ...]] = {
     "triton": (*_ATTENTION, *_ROW_OPS, *_RECURRENT),
-    "cuda": ("attention", "attention_varlen", "layernorm_ffn", *_RECURRENT),
+    "cuda": (*_ATTENTION, "layernorm_ffn", *_RECURRENT),
 }
 _FFN_MAX_WIDTH = 256  # columns of x and y that the CUDA C++ kernel of layernorm_ffn serves
 

@@ -70,8 +70,13 @@ class Call:
         return {"o": o, "lse": lse}
 
     def judge(self, backend: str, **more: Any) -> dict[str, Tensor]:
-        """o and lse within 2 x the error of plain PyTorch in the same dtype, caches to the bit."""
+        """:meth:`check` of what a backend gives."""
         got = self.run(backend, **more)
+        self.check(got)
+        return got
+
+    def check(self, got: dict[str, Tensor]) -> None:
+        """o and lse within 2 x the error of plain PyTorch in the same dtype, caches to the bit."""
         with one_thread():
             right, caches = self.by_formula(Tensor.double), self.run("reference")
         plain = Draws(self.by_formula)
@@ -83,7 +88,15 @@ class Call:
         assert_within("o", got["o"], right["o"], plain["o"])
         floor = fast_exp + 4 * EPS32 * (1.0 + self.largest_logit())
         assert_within("lse", got["lse"], right["lse"], plain["lse"], floor)
-        return got
+
+    def contiguous(self) -> "Call":
+        """The same keys in a cache without pages."""
+        t = self.copies()
+        table = t.pop("block_table")
+        pages = table.clamp(0, t["k_cache"].shape[0] - 1).long()
+        for name in CACHES:  # (B, columns, Hk, page, D)
+            t[name] = t[name][pages].transpose(1, 2).flatten(2, 3).contiguous()
+        return Call(t, self.options)
 
     def largest_logit(self) -> float:
         q, k = self.tensors["q"].double(), self.tensors["k_cache"].double()

@@ -62,7 +62,9 @@ SHIPPED_LAYERS = {
     ),
     "attention_kv_cache": (
         "csrc/cpu/attention_kv_cache.cpp",
+        "csrc/cuda/attention_kv_cache.cu",
         "csrc/bindings/attention_kv_cache.cpp",
+        "csrc/bindings/attention_kv_cache_cuda.cpp",
         "kernels/attention_kv_cache.py",
         "fastattn/ops/attention_kv_cache.py",
         "fastattn/nn/kv_cache.py",

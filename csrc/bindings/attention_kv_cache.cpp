@@ -1,9 +1,8 @@
-// torch.ops.fastattn.attention_kv_cache on the CPU: checks, values too, before anything is written;
-// allocation, launch. Stable ABI only. The Python layer words a refusal for the caller.
+// torch.ops.fastattn.attention_kv_cache on the CPU: allocation, launch. Stable ABI only.
 
 #include <tuple>
 
-#include "attention_kv_cache_args.h"
+#include "attention_kv_cache_call.h"
 
 namespace {
 
@@ -16,13 +15,10 @@ std::tuple<Tensor, Tensor> attention_kv_cache(Tensor q, Tensor k_cache, Tensor v
                                               Opt mask, Opt alibi_slopes, Opt sinks, double scale,
                                               double softcap, bool causal, int64_t window_left,
                                               int64_t window_right, bool interleaved) {
-  KVCacheCall call(q, k_cache, v_cache);
-  call.set_new_rows(k, v, k_cache, v_cache);
-  call.set_where(block_table, cache_index);
-  call.set_lengths(cache_lens, new_lens);
-  call.set_rotary(cos, sin, interleaved);
-  call.set_features(mask, alibi_slopes, sinks);
-  call.set_numbers(scale, softcap, causal, window_left, window_right);
+  KVCacheCall call({q,       k_cache,  v_cache,      cache_lens,   k,
+                    v,       new_lens, block_table,  cache_index,  cos,
+                    sin,     mask,     alibi_slopes, sinks,        scale,
+                    softcap, causal,   window_left,  window_right, interleaved});
   AttentionParams& a = call.a;
   Tensor o = empty_as(empty_strided, q, a.Dv);
   Tensor lse = empty(empty_strided, {a.B, a.H, a.Sq}, aoti_torch_dtype_float32());

@@ -9,7 +9,7 @@
 // projections put them. What it saves is the framework's time between the parts, which for one
 // token is longer than theirs. Everything is checked before anything is written.
 
-#include "attention_kv_cache_args.h"
+#include "attention_kv_cache_call.h"
 #include "layer_parts.h"
 
 namespace {
@@ -52,16 +52,14 @@ struct Attention {
     const Tensor q = heads_of(all, 0, H, D);
     const Tensor k = wk ? heads_of(linear(n, *wk, bk), 0, Hk, D) : heads_of(all, H, Hk, D);
     const Tensor v = wv ? heads_of(linear(n, *wv, bv), 0, Hk, D) : heads_of(all, H + Hk, Hk, D);
-    KVCacheCall c(q, k_cache, v_cache);
+    const Opt none, new_k = k, new_v = v;
+    // A finished mask says everything, causality too.
+    KVCacheCall c({q,    k_cache, v_cache, cache_lens, new_k, new_v, none,  none, none, none,
+                   none, mask,    none,    none,       scale, 0.,    !mask, -1,   -1,   false});
     STD_TORCH_CHECK(c.a.Dv == D, "fastattn::", kOp, ": the caches must have one head_dim");
-    c.set_new_rows(k, v, k_cache, v_cache);
-    c.set_where(std::nullopt, std::nullopt);
-    c.set_lengths(cache_lens, std::nullopt);
     STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "fastattn::", kOp,
                     ": cos and sin must come together");
     if (cos) c.set_rotary_of_rows(*cos, *sin);
-    c.set_features(mask, std::nullopt, std::nullopt);
-    c.set_numbers(scale, 0., !mask, -1, -1);  // a finished mask says everything
     const int64_t B = n.size(0), rows = n.size(1);
     const Tensor o = empty({B, rows, H * D}, c.a.dtype), lse = empty({B, H, rows}, DType::kF32);
     c.a.o = unit(heads_of(o, 0, H, D)), c.a.lse = static_cast<float*>(data(lse));

@@ -30,6 +30,16 @@ inline torch::stable::Tensor empty_on(const Device& device, const std::vector<in
   return torch::stable::Tensor(handle);
 }
 
+// How many multiprocessors the device of that index has.
+inline int multiprocessors(int device, const char* op) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it again
+  STD_TORCH_CHECK(error == cudaSuccess, "fastattn::", op,
+                  ": cudaDeviceGetAttribute: ", cudaGetErrorString(error));
+  return count;
+}
+
 // sizes: of the call, for the message.
 template <class... Sizes>
 void check_launch(const cuda::Launch& made, const char* op, const Sizes&... sizes) {

@@ -106,14 +106,7 @@ struct Call {
     return {x.numel() ? data(x) : nullptr, x_dtype, N};
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    const cudaError_t error =
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index_);
-    if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it again
-    FASTATTN_FFN_CHECK(error == cudaSuccess, "cudaDeviceGetAttribute: ", cudaGetErrorString(error));
-    return count;
-  }
+  int multiprocessors() const { return fastattn::binding::multiprocessors(device_index_, kOp); }
 
   void check(const Launch& made, const char* way) const {
     check_launch(made, (std::string(kOp) + "_" + way).c_str(), "M ", p.M, " D ", p.D, " F ", p.F,

@@ -12,17 +12,6 @@ constexpr int kThreads = 128;
 constexpr int kRows = 64;
 constexpr int kLanes = 8;  // that share a row
 
-template <typename T>
-__device__ __forceinline__ float to_float(T x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __half2float(x);
-  } else {
-    return __bfloat162float(x);
-  }
-}
-
 // This lane's part of the product of a row of x and of y.
 template <typename T>
 __device__ __forceinline__ float dot(const Rows<const T>& x, const Rows<const T>& y, int row) {

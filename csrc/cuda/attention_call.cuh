@@ -74,6 +74,27 @@ __device__ __forceinline__ float read_float(const void* x, DType dtype, int64_t 
   return __half2float(static_cast<const __half*>(x)[at]);
 }
 
+template <typename T>
+__device__ __forceinline__ float to_float(T x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(x);
+  } else {
+    return __bfloat162float(x);
+  }
+}
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
 // Cephes' tanhf: a polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose what is small.
 __device__ __forceinline__ float tanh_of(float x) {
   const float z = x * x;
@@ -152,6 +173,35 @@ __device__ __forceinline__ void hide(float (&x)[4], const Visible& seen, int i, 
     const int row = i + e / 2 * 8, key = j + e % 2;
     if (key < seen.lo(row) || key >= seen.hi(row)) x[e] = -INFINITY;
   }
+}
+
+// Ends a row: writes its lse, and what that rounds away, where wanted, and returns what acc is
+// multiplied by. m, l: of the whole row.
+__device__ __forceinline__ float finish_row(const Call& call, float m, float l, bool inside, int h,
+                                            float* lse, float* lse_lo) {
+  const AttentionParams& p = call.p;
+  // No key, or no row: output 0, whatever the sink. A NaN is not 0 and stays.
+  const bool none = l == 0.f || !inside;
+  double top = none ? 0. : double(m);
+  float value = -INFINITY, factor = 1.f;
+  if (p.sinks) {
+    // What the sum stands on, in units: the row's maximum, or a sink above it. Never their
+    // difference: beside a row of FLT_MIN it would drown both.
+    const float raw = p.sinks[h];
+    const double sink = double(raw) / double(call.unit);
+    const double lift = fmax(sink - top, 0.) * double(call.c);
+    factor = ptx::exp2_approx(float(-lift));
+    l = l * factor + ptx::exp2_approx(float((sink - top) * double(call.c) - lift));
+    top = fmax(top, sink);
+    if (inside) value = raw;
+  }
+  if (none) l = 1.f;
+  const double log2_l = double(log2f(l));
+  if (!none) value = float(top * double(call.unit) + log2_l * kLn2);
+  const double shown = double(lse_in_units(value, call.unit));
+  if (lse) *lse = value;
+  if (lse_lo) *lse_lo = none ? 0.f : float(log2_l + (top - shown) * double(call.c));
+  return none ? 0.f : factor * call.keep_scale / l;
 }
 
 }  // namespace fastattn::cuda

@@ -55,34 +55,6 @@ struct Config {
   static constexpr int kShared = kQBytes + 2 * kKBytes + int(sizeof(Work));
 };
 
-// Ends a row: writes its lse and returns what acc is multiplied by. m, l: of the whole row.
-__device__ __forceinline__ float finish_row(const Call& call, float m, float l, bool inside, int h,
-                                            float* lse, float* lse_lo) {
-  const AttentionParams& p = call.p;
-  // No key, or no row: output 0, whatever the sink. A NaN is not 0 and stays.
-  const bool none = l == 0.f || !inside;
-  double top = none ? 0. : double(m);
-  float value = -INFINITY, factor = 1.f;
-  if (p.sinks) {
-    // What the sum stands on, in units: the row's maximum, or a sink above it. Never their
-    // difference: beside a row of FLT_MIN it would drown both.
-    const float raw = p.sinks[h];
-    const double sink = double(raw) / double(call.unit);
-    const double lift = fmax(sink - top, 0.) * double(call.c);
-    factor = ptx::exp2_approx(float(-lift));
-    l = l * factor + ptx::exp2_approx(float((sink - top) * double(call.c) - lift));
-    top = fmax(top, sink);
-    if (inside) value = raw;
-  }
-  if (none) l = 1.f;
-  const double log2_l = double(log2f(l));
-  if (!none) value = float(top * double(call.unit) + log2_l * kLn2);
-  const double shown = double(lse_in_units(value, call.unit));
-  if (lse) *lse = value;
-  if (lse) *lse_lo = none ? 0.f : float(log2_l + (top - shown) * double(call.c));
-  return none ? 0.f : factor * call.keep_scale / l;
-}
-
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 2)
     attention_fwd_kernel(const __grid_constant__ Call call) {

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.backends import select
 from fastattn.ops import attention_kv_cache_checks as check
+from fastattn.ops import attention_kv_cache_cuda, attention_kv_cache_triton  # noqa: F401  register
 from fastattn.ops import attention_kv_cache_op as op
-from fastattn.ops import attention_kv_cache_triton  # noqa: F401  registers its implementation
 from fastattn.ops._eager import wants_grad
 from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import check_bool, check_numbers, window_limits
@@ -84,7 +84,7 @@ def attention_with_kv_cache(
         sinks: (H,), a logit a head that joins the softmax's sum and no value.
         scale: multiplies the logits; default D ** -0.5.
         return_lse: also return lse (B, H, Sq), natural log, float32 (float64 for float64).
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "cuda" or "reference".
 
     Returns:
         o (B, H, Sq, Dv) in q's dtype, or (o, lse). Memory is laid out as (B, Sq, H, Dv) where q is

@@ -1,9 +1,9 @@
 """The torch.library ops beneath ``fastattn.attention_with_kv_cache``: one schema, its fake.
 
 The kernels register under their dispatch keys: the CPU ones in csrc/bindings/attention_kv_cache.cpp
-under ``attention_kv_cache``, Triton's under ``attention_kv_cache_triton``. The caches are written
-in place, nothing else. No autograd: a cache is for generation, and the public function says so
-where a gradient is asked for.
+under ``attention_kv_cache``, Triton's under ``attention_kv_cache_triton``, the CUDA C++ ones under
+``attention_kv_cache_cuda``. The caches are written in place, nothing else. No autograd: a cache is
+for generation, and the public function says so where a gradient is asked for.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ ARGUMENTS = (
     "int window_left, int window_right, bool interleaved"
 )
 _RESULTS = "(Tensor o, Tensor lse)"
-_SUFFIXES = {"cpu": "", "triton": "_triton"}
+_SUFFIXES = {"cpu": "", "triton": "_triton", "cuda": "_cuda"}
 
 for _suffix in _SUFFIXES.values():
     lib.define(
         f"attention_kv_cache{_suffix}({ARGUMENTS}) -> {_RESULTS}",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
+# What attention_kv_cache_cuda calls once the first-use verdict is there: the binding.
+lib.define(f"attention_kv_cache_cuda_kernel({ARGUMENTS}) -> {_RESULTS}")
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

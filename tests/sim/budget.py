@@ -50,7 +50,7 @@ _RECURRENCE = re.compile(
     r"\drecurrent_(fwd|bwd)_kernelINS\w*?_15RecurrentConfigINS\w*?_\d(Lstm|Gru|Rnn)CellE"
     r"(f|6__half|13__nv_bfloat16)Li(\d+)E"
 )
-_NO_PRODUCT = ("prepare", "dsinks", "dq", "end", "sum")
+_NO_PRODUCT = ("prepare", "dsinks", "dq", "end", "sum", "append", "merge")
 
 
 def shipped() -> Any:
@@ -110,7 +110,7 @@ def variants() -> dict[str, dict[str, Any]]:
     from .kernels import module
 
     cuda = module().cuda
-    tables = ("attention_forward", "attention_weights", "attention_backward",
+    tables = ("attention_forward", "attention_weights", "attention_backward", "attention_kv_cache",
               "layernorm_ffn_forward", "layernorm_ffn_backward", "recurrent",
               "recurrent_step")  # fmt: skip
     found = {}

@@ -20,11 +20,11 @@ _RUNS = {"sm_86": "sm_80", "sm_89": "sm_80"}
 EVERY = tuple(sorted((*ARCHS, *_RUNS), key=lambda arch: int(arch.removeprefix("sm_"))))
 _OF_STEPS = ("sm_80", "sm_90")
 _WANTED = re.compile(r" bf16 d(64|128) ")
-_RARE = re.compile(r"^(?!attention)|bwd_(shared|weights)_|atomics")
+_RARE = re.compile(r"^(?!attention)|attention_kv|bwd_(shared|weights)_|atomics")
 
 
 def write(folder: Path, archs: Iterable[str]) -> int:
-    """Attention's bf16 kernels of the usual head dims, without features; how many they are."""
+    """Attention's bf16 kernels of the usual head dims, without features or cache; their number."""
     folder.mkdir(parents=True, exist_ok=True)
     table = {n: v for n, v in variants().items() if _WANTED.search(n) and not _RARE.search(n)}
     with_plain = {v["kernel"] for v in table.values() if not v["laden"]}

@@ -9,6 +9,7 @@
 #include "../../csrc/cpu/attention.h"
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/cuda/attention.h"
+#include "../../csrc/cuda/attention_kv_cache.h"
 #include "../../csrc/cuda/layernorm_ffn.h"
 #include "../../csrc/cuda/recurrent.h"
 
@@ -187,6 +188,13 @@ void cuda_(py::module_ m) {
   m.def("attention_backward_variants", [] { return listed(cuda::attention_backward_variants); });
   m.def("attention_forward_variants", [] { return listed(cuda::attention_forward_variants); });
   m.def("attention_weights_variants", [] { return listed(cuda::attention_weights_variants); });
+  m.def("attention_kv_cache_variants", [] { return listed(cuda::attention_kv_cache_variants); });
+  // rows, splits, whether the append is a launch of its own.
+  m.def("attention_kv_cache_plan", [](const Params& p, int new_rows, int multiprocessors) {
+    const cuda::AttentionKVCacheParams call = {p, {.Sn = new_rows}};
+    const auto plan = cuda::attention_kv_cache_plan(call, multiprocessors);
+    return py::make_tuple(plan.rows, plan.splits, plan.apart);
+  });
   m.def("layernorm_ffn_forward_variants",
         [] { return listed(cuda::layernorm_ffn_forward_variants); });
   m.def("layernorm_ffn_backward_variants",

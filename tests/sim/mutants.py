@@ -36,7 +36,7 @@ from tools import Problem, featured, judge, packed, padded
 
 import fastattn
 
-from . import build, mutations_ffn, mutations_recurrent
+from . import build, kv_cache_cases, mutations_ffn, mutations_kv_cache, mutations_recurrent
 from .mutations import (
     BF16,
     BIAS,
@@ -50,9 +50,10 @@ from .mutations import (
 )
 from .mutations_backward import BACKWARD
 from .mutations_ffn import FFN
+from .mutations_kv_cache import KV_CACHE
 from .mutations_recurrent import RECURRENT
 
-MUTATIONS = (*FORWARD, *BACKWARD, *FFN, *RECURRENT)
+MUTATIONS = (*FORWARD, *BACKWARD, *FFN, *RECURRENT, *KV_CACHE)
 JOBS, TIMEOUT = 2, 280.0  # seconds for one mutant, its compilation included
 TABLE = Path(__file__).with_name("MUTATIONS.md")
 _CODES = {"__nv_bfloat16": "DType::kBf16", "__half": "DType::kF16", "float": "DType::kF32"}
@@ -176,7 +177,7 @@ def _recurrence(name: str, dtype: torch.dtype) -> tuple[Recurrence, int]:
 def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) -> None:
     from . import operators, ptx
 
-    _use(mutation, sources, () if case in RECURRENT_CASES else (FWD,))
+    _use(mutation, sources, () if case in RECURRENT_CASES or case.startswith("kv_") else (FWD,))
     with operators.on_cpu() as gpu:
         try:
             if case == "hostile_lengths":
@@ -187,6 +188,8 @@ def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) 
                 if case == "rnn_torn":
                     gpu.schedule = ptx.Schedule(seed=3, order="random")
                 judge_recurrence(*_recurrence(case, _DTYPES[only[0]]))
+            elif case.startswith("kv_"):
+                kv_cache_cases.check(case, _DTYPES[only[0]])
             elif case in FFN_CASES:
                 judge_ffn(FFN_CASES[case](_DTYPES[only[0]]), "cuda")
             else:
@@ -251,6 +254,9 @@ def _by_emulator(case: str, sources: Path, only: Variant) -> None:
     if name in RECURRENT_CASES:
         _recurrence_by_emulator(rung, name, sources, only)
         return
+    if name in kv_cache_cases.CASES:
+        _cache_by_emulator(rung, name, sources, only)
+        return
     program = Program(
         (sources / FWD, sources / WEIGHTS, HERE / "launchers" / "attention.cpp"),
     )
@@ -282,6 +288,16 @@ def _recurrence_by_emulator(rung: str, name: str, sources: Path, only: Variant) 
     for one in passes(_DTYPES[only[0]], tier=tier, **options):
         for schedule in ("forward", "reverse"):
             one.check(run(built, one.case, rung, schedule=schedule))
+
+
+def _cache_by_emulator(rung: str, name: str, sources: Path, only: Variant) -> None:
+    from .emu import run
+    from .emu_attention_kv_cache import case_of, check, program
+
+    call = kv_cache_cases.CASES[name](_DTYPES[only[0]])
+    case = case_of(call, splits=2 if name == "kv_split" else 1)
+    for schedule in ("forward", "reverse"):
+        check(call, run(program(sources, named=True), case, rung, schedule=schedule))
 
 
 def _by_budget(arch: str, mutation: Mutation | None, sources: Path) -> None:
@@ -339,6 +355,8 @@ def _few(only: Variant) -> dict[str, str]:
     }
     grads = f"FASTATTN_FFN_BWD_VARIANTS(make) make<{element}, {head_dim}, {flag}>({code})"
     made |= dict.fromkeys((mutations_ffn.ROWS, mutations_ffn.WEIGHTS), grads)
+    tier = f"{'many' if laden else 'few'}<{element}, {head_dim}>({code})"
+    made[mutations_kv_cache.CACHE] = f"FASTATTN_KV_VARIANTS {tier}"
     cells = f"FASTATTN_RECURRENT_VARIANTS(make) make<{element}, {head_dim}>({code})"
     made |= dict.fromkeys(mutations_recurrent.CELLS, cells)
     return {name: f"#define {text}\n" for name, text in made.items()}

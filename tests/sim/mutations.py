@@ -245,7 +245,7 @@ FORWARD = (
     ),
     Mutation(
         "lse_in_log2",
-        FWD,
+        CALL,
         "log2_l * kLn2",
         "log2_l",
         "lse adds log2 to natural log",
@@ -254,7 +254,7 @@ FORWARD = (
     ),
     Mutation(
         "sink_joins_no_sum",
-        FWD,
+        CALL,
         "l = l * factor + ptx::exp2_approx(float((sink - top) * double(call.c) - lift));",
         "l = l * factor;",
         "the sink takes no share",
@@ -368,7 +368,7 @@ FORWARD = (
     ),
     Mutation(
         "survivors_keep_their_size",
-        FWD,
+        CALL,
         "factor * call.keep_scale / l",
         "factor / l",
         "dropout shrinks o",

@@ -99,6 +99,7 @@ def test_every_variant_fits_the_smallest_architecture() -> None:
         m.attention_forward_variants(),
         m.attention_weights_variants(),
         m.attention_backward_variants(),
+        m.attention_kv_cache_variants(),
     )
     for variants in tables:
         keys = [tuple(v[n] for n in _TELLS_APART) for v in variants]

@@ -11,6 +11,7 @@ from sim import build
 from sim.mutants import MUTATIONS, TABLE, mutate, table
 from sim.mutations import Mutation
 from sim.mutations_ffn import FFN
+from sim.mutations_kv_cache import KV_CACHE
 from sim.mutations_recurrent import RECURRENT
 
 
@@ -32,12 +33,16 @@ def test_the_table_is_of_today() -> None:
 def sample() -> list[str]:
     """What `make verify` plants: of attention one bug of each file, check and verdict; of
     layernorm_ffn, whose checks are the same, one of each file, in one case where there is one; of
-    the recurrence, whose kernels are a compiler's minute, one of each verdict of one case."""
+    the recurrence, whose kernels are a compiler's minute, one of each verdict of one case; of
+    attention over a cache one of the kernel that compiles soonest."""
     first: dict[tuple[str, ...], str] = {}
     for m in sorted(MUTATIONS, key=lambda m: m.by != "ptx:ffn"):
         if m in RECURRENT:
             if m.by.endswith(":rnn_grid") and not m.by.startswith("tsan"):
                 first.setdefault(("recurrent", m.sees), m.name)
+            continue
+        if m in KV_CACHE:
+            first.setdefault(("kv_cache",), m.name)
             continue
         kind = () if m in FFN else (m.by.partition(":")[0], m.sees)
         first.setdefault((m.file, *kind), m.name)
@@ -56,7 +61,7 @@ def caught(*names: str) -> None:
 
 
 def test_a_sample_is_caught() -> None:
-    others = [m for m in MUTATIONS if m not in RECURRENT]
+    others = [m for m in MUTATIONS if m not in RECURRENT + KV_CACHE]
     assert {m.file for m in others if m.name in sample()} == {m.file for m in others}
     caught(*sample())
 

@@ -1,39 +1,10 @@
 // Cases of csrc/cuda/attention.h. Tensors: q k v o (B, H, S, D) or, with cu_q, (T, H, D); lse,
 // lse_lo; attention_weights: weights (B, H, Sq, Sk), or (B, Sq, Sk) for their mean over the heads.
-#include "../../../../csrc/cuda/attention.h"
-
-#include "../case.h"
+#include "attention_case.h"
 
 namespace fastattn::cuda {
 
 namespace {
-
-using emu::Case;
-using emu::Tensor;
-
-DType dtype_of(const Tensor& t) {
-  return t.dtype == "bf16"   ? DType::kBf16
-         : t.dtype == "f16"  ? DType::kF16
-         : t.dtype == "bool" ? DType::kBool
-                             : DType::kF32;
-}
-
-Operand operand(Tensor& t) {
-  if (t.sizes.size() == 3) return {t.data(), 0, t.strides[1], t.strides[0], t.strides[2]};
-  return {t.data(), t.strides[0], t.strides[1], t.strides[2], t.strides[3]};
-}
-
-Broadcast broadcast(Case& c, const char* name) {
-  Tensor* t = c.find(name);
-  if (!t) return {};
-  const auto stride = [&](size_t d) { return t->sizes[d] == 1 ? 0 : t->strides[d]; };
-  return {t->data(), dtype_of(*t), stride(0), stride(1), stride(2), stride(3)};
-}
-
-Integers integers(Case& c, const char* name) {
-  Tensor* t = c.find(name);
-  return t ? Integers{t->data(), t->dtype == "i64"} : Integers{};
-}
 
 AttentionParams params(Case& c) {
   AttentionParams p;
