@@ -117,9 +117,54 @@ class CacheEngine {
       int r = 0;
       for (; r + 4 <= rows; r += 4) dots<T, 4>(t, r, S);
       if (rows & 2) dots<T, 2>(t, r, S), r += 2;
-      if (rows & 1) dots<T, 1>(t, r, S);
+      if (rows & 1) dots_of_one<T>(t, r, S);
     }
   }
+
+  // One row: keys go in fours instead, so that a vector of q is read once for them and their sums
+  // do not wait for each other.
+  template <class T>
+  FASTATTN_NOINLINE void dots_of_one(int64_t t, int r0, float* S) const {
+    constexpr int kKeys = 4;
+    vf part[W];
+    for (int x = 0; x < W; x += kKeys) {
+      const T* k[kKeys];
+      vf c[kKeys];
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i)
+        k[i] = reinterpret_cast<const T*>(keys_.k[t + x + i]), c[i] = vf{};
+      multiply_one(k, r0, c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i) part[x + i] = c[i];
+    }
+    store(S + r0 * kBN + t, reduce_add_rows(part));
+  }
+  template <class T, int K>
+  FASTATTN_INLINE void multiply_one(const T* const (&k)[K], int r0, vf (&c)[K]) const {
+    const float* q = q_.data() + r0 * Dp;
+    int64_t d = 0;
+    for (; d + W <= D; d += W) {
+      const vf qv = load(q + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < K; ++i) c[i] = fma(qv, load(k[i] + d), c[i]);
+    }
+    if (d == D) return;
+    const vf qv = load(q + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < K; ++i) c[i] = fma(qv, load_part(k[i] + d, D - d), c[i]);
+  }
+#if FASTATTN_LEVEL >= 3
+  template <int K>
+  FASTATTN_INLINE void multiply_one(const bf16* const (&k)[K], int r0, vf (&c)[K]) const {
+    const bf16* q = q16_.data() + r0 * Dp;
+    for (int64_t d = 0; d < D; d += 32) {
+      const __m512bh qv = __m512bh(_mm512_load_si512(q + d));
+#pragma GCC unroll 4
+      for (int i = 0; i < K; ++i)
+        c[i] = _mm512_dpbf16_ps(c[i], qv, __m512bh(load_row32(k[i] + d, 1, D - d, 0)));
+    }
+  }
+#endif
 
   // Rows [r0, r0 + R) against keys [t, t + W).
   template <class T, int R>
