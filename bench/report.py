@@ -139,7 +139,8 @@ def _sweep(sweep: dict[str, list[Row]]) -> str:
 
 def _where(part: dict[str, Any]) -> str:
     env, rows = part["environment"], part["rows"]
-    text = f"{env['cpu']}, {env['isa']}, {env['threads']} threads, torch {env['torch']}, {env['date']}."
+    cpu = f"{env['cpu']}, {env['isa']}, {env['threads']} threads"
+    text = f"{cpu}, torch {env['torch']}, {env['date']}."
     if isinstance(rows, list):
         busy = sum(r["load"] > env["threads"] + 1 for r in rows)
         if busy:
