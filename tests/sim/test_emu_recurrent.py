@@ -57,11 +57,15 @@ def test_no_races_in_a_block(name: str, dtype: torch.dtype) -> None:
         one.check(run(PROGRAMS[dtype], one.case, "tsan", schedule="reverse"))
 
 
-@full
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize(
-    ("tier", "name"), [*((GRID, n) for n in CASES), *((BLOCK, n) for n in ALONE)]
-)
+def bounds() -> list[Any]:
+    """Every case; in `make verify` the one of fp32 that has the most of everything."""
+    usual = (GRID, "packed_both", FP32)
+    cases = [*((GRID, n) for n in CASES), *((BLOCK, n) for n in ALONE)]
+    every = [(tier, name, dtype) for tier, name in cases for dtype in (BF16, FP32)]
+    return [x if x == usual else pytest.param(*x, marks=full) for x in every]
+
+
+@pytest.mark.parametrize(("tier", "name", "dtype"), bounds())
 def test_bounds_and_values(tier: int, name: str, dtype: torch.dtype) -> None:
     options = CASES[name] if tier == GRID else ALONE[name]
     for one in of(dtype, tier, options):
