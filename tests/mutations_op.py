@@ -5,6 +5,7 @@ from mutations import Mutation
 
 ROWS, HEADER = "recurrent_step_rows.h", "recurrent_step.h"
 STEP, LAYER = "../bindings/recurrent_step.cpp", "../bindings/encoder_layer.cpp"
+PARTS = "../bindings/layer_parts.h"
 FEW_TOKENS, LAYER_OP = "few_tokens_rows.h", "../../fastattn/ops/encoder_layer.py"
 
 STEP_MUTATIONS = (
@@ -83,7 +84,7 @@ LAYER_MUTATIONS = (
     Mutation("x_as_it_lies", LAYER, "x = torch::stable::contiguous(x);", ""),
     # ---- feed-forward
     Mutation("always_pre_norm", LAYER, "f.pre_norm ? p.before : p.after", "p.before"),
-    Mutation("other_order_of_norms", LAYER, "from(f.pre_norm)", "from(!f.pre_norm)"),
+    Mutation("other_order_of_norms", PARTS, "from(f.pre_norm)", "from(!f.pre_norm)"),
     Mutation("b2_lost", LAYER, 'p.after.bias = vec(kOp, f.b2, p.D, "b2");', ""),
     Mutation("act_forgotten", LAYER, "p.act = Act(f.act)", "p.act = Act::kGelu"),
     Mutation("eps_of_the_first", LAYER, "norm2_bias, eps2, act, pre_norm}); } }",
