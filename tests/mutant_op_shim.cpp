@@ -1,6 +1,6 @@
 // The CPU kernels of one op, of one instruction set (ISA): what its binding calls, for mutants of
-// test_mutations_op.py. STEP: those of recurrent_step.cpp; else those of encoder_layer.cpp, whose
-// passes are compiled beside this.
+// test_mutations_op.py. STEP: those of recurrent_step.cpp; CACHE: those of decoder_layer.cpp; else
+// those of encoder_layer.cpp. The passes of a layer are compiled beside this.
 #ifdef STEP
 #define FASTATTN_ISA ISA
 #define FASTATTN_LEVEL 0
@@ -46,7 +46,11 @@ void recurrent_step_backward(const StepParams& p, const StepGrads& g, const Para
 #include "isa.h"
 #undef FASTATTN_DISPATCH
 #define FASTATTN_DISPATCH(call) return ISA::call
+#ifdef CACHE
+#include "attention_kv_cache.cpp"
+#else
 #include "attention.cpp"
+#endif
 #include "layernorm_ffn.cpp"
 #endif
 

@@ -109,3 +109,53 @@ LAYER_MUTATIONS = (
     Mutation("shape_of_the_last_dimensions", LAYER_OP, "x.new_empty(x.shape)",
              "x.new_empty(x.shape[1:])"),
 )  # fmt: skip
+
+DECODER, CALL = "../bindings/decoder_layer.cpp", "../bindings/attention_kv_cache_call.h"
+DECODER_OP, DECODING = "../../fastattn/ops/decoder_layer.py", "../../fastattn/swap/_decoding.py"
+
+DECODER_MUTATIONS = (
+    # ---- attention
+    Mutation("packed_k_is_q", DECODER, "heads_of(all, H, Hk, D)", "heads_of(all, 0, Hk, D)"),
+    Mutation("packed_v_is_k", DECODER, "heads_of(all, H + Hk, Hk, D)", "heads_of(all, H, Hk, D)"),
+    Mutation("bk_lost", DECODER, "linear(n, *wk, bk)", "linear(n, *wk, Opt())"),
+    Mutation("scale_of_one", DECODER, "scale, 0., !mask", "1., 0., !mask"),
+    Mutation("not_causal_without_mask", DECODER, "scale, 0., !mask", "scale, 0., false"),
+    Mutation("rows_not_normed", DECODER, "of(n, k_cache, v_cache, cache_lens), wo",
+             "of(x, k_cache, v_cache, cache_lens), wo"),
+    Mutation("bo_forgotten", DECODER, "cache_lens), wo, bo)", "cache_lens), wo, Opt())"),
+    # ---- rotation
+    Mutation("table_of_the_first_sequence", CALL, "(batches > 1 ? b : 0) * a.Sq + i", "i"),
+    Mutation("table_of_the_first_row", CALL, "(batches > 1 ? b : 0) * a.Sq + i",
+             "(batches > 1 ? b : 0) * a.Sq"),
+    Mutation("table_by_position", CALL, "p.tables_of_rows = true;", ""),
+    Mutation("cos_for_sin", CALL, "table == &cos_ ? cos : sin", "cos"),
+    Mutation("rows_of_q_by_the_first", "attention_kv_cache_rows.h", "b * p_.Sn + i : position",
+             "i : position"),
+    # ---- norms and feed-forward
+    Mutation("residual_is_the_norm", DECODER, "sum.residual = rows_of(x, E, dtype)",
+             "sum.residual = rows_of(n, E, dtype)"),
+    Mutation("first_norm_of_layers", DECODER, "p.norm = Norm(norm)", "p.norm = Norm::kLayer"),
+    Mutation("second_norm_of_layers", DECODER, "act, true, Norm(norm)", "act, true, Norm::kLayer"),
+    Mutation("first_eps_is_the_second", DECODER, "p.eps = float(eps1)", "p.eps = float(eps2)"),
+    Mutation("gate_forgotten", DECODER, "w_gate, b_gate});", "Opt(), Opt()});"),
+    Mutation("gate_by_rows", DECODER, "for (Opt* w : {&wk, &wv, &w_gate})",
+             "for (Opt* w : {&wk, &wv})"),
+    # ---- checks, before anything is written
+    Mutation("rows_of_wq_unchecked", DECODER, "check(wq, wk ? H * D : (H + 2 * Hk) * D);", ""),
+    Mutation("norm2_unchecked", DECODER, 'check_vec(norm2_bias, E, "norm2_bias");', ""),
+    Mutation("b1_unchecked", DECODER, 'check_vec(b1, F, "b1"),', ""),
+    Mutation("gate_unchecked", DECODER, "!w_gate || shape_of(*w_gate) == shape_of(w1)", "true"),
+    # ---- who calls it
+    Mutation("version_kept", DECODER_OP,
+             "torch.autograd.graph.increment_version((k_cache, v_cache))", ""),
+    Mutation("rows_not_counted", DECODING, "layer.append(rows)", ""),
+    Mutation("room_beyond_the_mask", DECODING, "if mask is not None:", "if False:"),
+    Mutation("hooks_of_mlp_ignored", DECODING, "untouched((attention, mlp, *linears, *norms))",
+             "untouched((attention, *linears, *norms))"),
+    Mutation("hooks_of_norms_ignored", DECODING,
+             "untouched((attention, mlp, *linears, *norms, *drops))",
+             "untouched((attention, mlp, *linears, *drops))"),
+    Mutation("adapters_ignored", DECODING, "all(type(m) is _LINEAR for m in linears)", "True"),
+    Mutation("dropout_ignored", DECODING, "not (m.training and m.p)", "True"),
+    Mutation("other_rotations_too", DECODING, "rotate.__module__ == home", "True"),
+)  # fmt: skip

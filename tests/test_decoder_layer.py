@@ -201,8 +201,16 @@ def arguments() -> dict[str, Any]:
         "v_cache": torch.randn(2, HK, ROOM, D),
         "cache_lens": torch.tensor([5, 2]),
         "weights": DecoderWeights(**{n: torch.randn(s) * 0.3 for n, s in shapes.items()}),
-        "heads": H, "scale": 0.5, "activation": "silu", "eps": (1e-5, 1e-6),
+        "heads": H, "scale": 0.5, "activation": "silu", "eps": (1e-5, 0.1),
     }  # fmt: skip
+
+
+def rotated(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first R dims of (heads, rows, D), as transformers writes it."""
+    n = cos.shape[1]
+    x, rest = rows[..., :n], rows[..., n:]
+    halves = torch.cat([-x[..., n // 2 :], x[..., : n // 2]], -1)
+    return torch.cat([x * cos + halves * sin, rest], -1)
 
 
 def formula(given: dict[str, Any]) -> Tensor:
@@ -216,6 +224,9 @@ def formula(given: dict[str, Any]) -> Tensor:
             nn.functional.linear(n, m, bias).view(2, -1, D).transpose(0, 1)
             for m, bias in ((w.wq, w.bq), (w.wk, w.bk), (w.wv, w.bv))
         )
+        if "rotary" in given:
+            cos, sin = (t[b % len(t)].double() for t in given["rotary"])
+            q, k = (rotated(rows, cos, sin) for rows in (q, k))
         caches = (given["k_cache"][b], given["v_cache"][b])
         k, v = (
             torch.cat([c[:, :start].double(), new], 1).repeat_interleave(H // HK, 0)
@@ -232,9 +243,14 @@ def formula(given: dict[str, Any]) -> Tensor:
     return torch.stack(results)
 
 
+@pytest.mark.parametrize("tables", [0, 1, 2])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_of_different_lengths(by_columns: bool) -> None:
+def test_of_different_lengths(by_columns: bool, tables: int) -> None:
+    """tables: of the rotation, none, one for all sequences, or one each."""
     given = arguments()
+    if tables:
+        angles = torch.rand(tables, 2, 1).expand(-1, -1, 2)
+        given["rotary"] = (angles.cos(), angles.sin())
     right, before = formula(given), given["k_cache"].clone()
     version = given["k_cache"]._version
     if by_columns:

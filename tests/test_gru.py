@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_tools import judge, make, weights_for
+from recurrent_layers import judge, make, weights_for
 from tools import DTYPES
 from torch import nn
 

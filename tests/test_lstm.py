@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recurrent_tools import CELLS, Call, judge, make, weights_for
+from recurrent_layers import CELLS, Call, judge, make, weights_for
 from tools import DTYPES, assert_within
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_tools import CELLS, Call, judge, make, weights_for
+from recurrent_layers import CELLS, Call, judge, make, weights_for
 from tools import DTYPES, KINDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_tools import Call, judge, make
+from recurrent_layers import Call, judge, make
 from test_attention_ops import op_calls_of
 from tools import DTYPES
 from torch import Tensor, nn

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_tools import CELLS, weights_for
+from recurrent_layers import CELLS, weights_for
 from tools import assert_within, one_thread
 from torch import Tensor
 

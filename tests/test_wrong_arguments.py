@@ -61,15 +61,15 @@ RIGHT: dict[str, tuple[dict[str, Any], str, str]] = {
         "state weights nonlinearity",
     ),
     "lstm_cell": (
-        {"x": X, "state": None, "w_ih": CELL[0], "w_hh": CELL[1]}, "x w_ih b_ih b_hh", "state w_hh",
+        {"x": X, "state": None, "w_ih": CELL[0], "w_hh": CELL[1]}, "x w_ih w_hh b_ih b_hh", "state",
     ),
     "gru_cell": (
         {"x": X, "state": None, "w_ih": CELL[0][:24], "w_hh": CELL[1][:24]},
-        "x w_ih b_ih b_hh", "w_hh",
+        "x w_ih w_hh b_ih b_hh", "",
     ),
     "rnn_cell": (
         {"x": X, "state": None, "w_ih": CELL[0][:8], "w_hh": CELL[1][:8]},
-        "x w_ih b_ih b_hh", "nonlinearity w_hh",
+        "x w_ih w_hh b_ih b_hh", "nonlinearity",
     ),
 }  # fmt: skip
 NO_TENSORS = {"list": [[1.0, 2.0]], "array": np.ones((4, 8), np.float32), "str": "x"}
@@ -126,6 +126,12 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
                    fastattn.nn.LayerNormFFN(8, 8, activation="swish")),
     "recompute": (ValueError, "LayerNormFFN: recompute must be one of", lambda:
                   fastattn.nn.LayerNormFFN(8, 8, recompute="some")),
+    "w_hh_of_a_layer": (TypeError, r"weights\[0\]: w_hh must be a Tensor, got list", lambda:
+                        fastattn.lstm(X, None, [(CELL[0], [[1.0]])])),
+    "w_hh_of_the_second": (TypeError, r"weights\[1\]: w_hh must be a Tensor, got str", lambda:
+                           fastattn.gru(X, None, [[w[:24] for w in CELL], (CELL[0][:24], "x")])),
+    "w_hh_no_matrix": (ValueError, r"w_hh must be a matrix, got a Tensor of shape \(8,\)", lambda:
+                       fastattn.rnn_cell(X, None, CELL[0][:8], X[0])),
     "dropout": (ValueError, r"LayerNormFFN: dropout must be in \[0, 1\)", lambda:
                 fastattn.nn.LayerNormFFN(8, 8, 1.5)),
 }  # fmt: skip

@@ -36,6 +36,18 @@ class Layers:
         self.recurrent_dropout = check_dropout(recurrent_dropout)
         self.backend = backend
 
+    def _run(self, op: Any, x: Any, state: Any, lengths: Any, **more: Any) -> Any:
+        """The op on the module's weights, with its options."""
+        module: Any = self
+        training = module.training
+        return op(
+            x, state, weights_of(module, module._flat_weights_names), lengths=lengths,
+            batch_first=module.batch_first, bidirectional=module.bidirectional,
+            dropout_p=module.dropout if training else 0.0,
+            recurrent_dropout_p=self.recurrent_dropout if training else 0.0, backend=self.backend,
+            **more,
+        )  # fmt: skip
+
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
         if self.recurrent_dropout:

@@ -67,13 +67,7 @@ class LSTM(Layers, torch.nn.LSTM):
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Arguments and result are torch's; lengths: (B,), the steps of each sequence of a padded
         batch, in any order; see :func:`fastattn.lstm`."""
-        training = self.training
-        return lstm(
-            input, hx, weights_of(self, self._flat_weights_names), lengths=lengths,
-            batch_first=self.batch_first, bidirectional=self.bidirectional,
-            dropout_p=self.dropout if training else 0.0,
-            recurrent_dropout_p=self.recurrent_dropout if training else 0.0, backend=self.backend,
-        )  # fmt: skip
+        return self._run(lstm, input, hx, lengths)  # type: ignore[no-any-return]
 
 
 class LSTMCell(torch.nn.LSTMCell):

@@ -67,13 +67,7 @@ class RNN(Layers, torch.nn.RNN):
     ) -> tuple[Any, Tensor]:
         """Arguments and result are torch's; lengths: (B,), the steps of each sequence of a padded
         batch, in any order; see :func:`fastattn.rnn`."""
-        training = self.training
-        return rnn(
-            input, hx, weights_of(self, self._flat_weights_names), nonlinearity=self.nonlinearity,
-            lengths=lengths, batch_first=self.batch_first, bidirectional=self.bidirectional,
-            dropout_p=self.dropout if training else 0.0,
-            recurrent_dropout_p=self.recurrent_dropout if training else 0.0, backend=self.backend,
-        )  # fmt: skip
+        return self._run(rnn, input, hx, lengths, nonlinearity=self.nonlinearity)  # type: ignore[no-any-return]
 
 
 class RNNCell(torch.nn.RNNCell):
@@ -111,10 +105,7 @@ class RNNCell(torch.nn.RNNCell):
         hx: Tensor | None = None,
     ) -> Tensor:
         weights: Any = weights_of(self, CELL_WEIGHTS)
-        return rnn_cell(
-            input, hx, *weights, nonlinearity=self.nonlinearity,
-            backend=self.backend,
-        )  # fmt: skip
+        return rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, backend=self.backend)
 
 
 __all__ = ["RNN", "RNNCell"]

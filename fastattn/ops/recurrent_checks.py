@@ -82,8 +82,7 @@ def check_layers(
             f"{directions == 2}, got {sum(map(len, layers))}",
         )
     w_hh = layers[0][0][1]
-    if not isinstance(w_hh, Tensor) or w_hh.dim() != 2 or not w_hh.shape[1]:
-        fail(op, f"weights[0]: w_hh must be a matrix, got {_describe(w_hh)}")
+    _check_matrix(op, "weights[0]: w_hh", w_hh)
     rows, P = w_hh.shape
     H, odd = divmod(rows, GATES[cell])
     if odd or not H:
@@ -159,6 +158,13 @@ def _check_entries(op: str, weights: Any, gates: int) -> None:
             )
 
 
+def _check_matrix(op: str, name: str, w: Any) -> None:
+    if not isinstance(w, Tensor):
+        fail(op, f"{name} must be a Tensor, got {type(w).__name__}", TypeError)
+    if w.dim() != 2 or not w.shape[1]:
+        fail(op, f"{name} must be a matrix, got {_describe(w)}")
+
+
 def _describe(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"a Tensor of shape {tuple(x.shape)}"
@@ -231,8 +237,7 @@ def check_cell(op: str, x: Any, h: Any, c: Any, weights: tuple[Any, ...], cell: 
     check_float(op, "x", x)
     if x.dim() not in (1, 2):
         fail(op, f"x must have shape (B, I), or (I,) for one sequence, got {tuple(x.shape)}")
-    if not isinstance(w_hh, Tensor) or w_hh.dim() != 2 or not w_hh.shape[1]:
-        fail(op, f"w_hh must be a matrix, got {_describe(w_hh)}")
+    _check_matrix(op, "w_hh", w_hh)
     rows, H = w_hh.shape
     if rows != GATES[cell] * H:
         fail(op, f"w_hh must have {GATES[cell]} H rows and H columns, got {tuple(w_hh.shape)}")
@@ -243,7 +248,7 @@ def check_cell(op: str, x: Any, h: Any, c: Any, weights: tuple[Any, ...], cell: 
     if h is not None or c is not None:
         for name, state in (("h", h), ("c", c))[: 2 if cell == LSTM else 1]:
             check_goes_with(op, name, state, x, (*x.shape[:-1], H), "x's batch, hidden")
-    return H
+    return H  # type: ignore[no-any-return]
 
 
 def _are_states(h: Any, c: Any, x: Tensor, shape: tuple[int, int], cell: int) -> bool:

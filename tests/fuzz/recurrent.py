@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from recurrent_tools import CELLS, Call, hold, judge, jumps, make, weights_for
+from recurrent_layers import CELLS, Call, hold, judge, jumps, make, weights_for
 from rule import Cast, as_is, one_thread
 from tools import DTYPES
 from torch import Tensor

@@ -143,7 +143,7 @@ def _rows_by_driver(what: str) -> None:
 
 
 def _recurrent_by_driver(what: str) -> None:
-    from recurrent_calls import RNN_TANH, run
+    from recurrence_calls import RNN_TANH, run
 
     from . import recurrent_cases, recurrent_jit
     from .driver import standing_in

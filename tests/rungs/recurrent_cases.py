@@ -10,8 +10,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from recurrent_calls import GRU, RNN_RELU, RNN_TANH, Call, backward, by_reference, forward, judge
-from recurrent_calls import call as make
+from recurrence_calls import GRU, RNN_RELU, RNN_TANH, Call, backward, by_reference, forward, judge
+from recurrence_calls import call as make
 from torch import Tensor
 
 from fastattn.kernels import recurrent as kernels

@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 
 import torch
-from recurrent_calls import GRU, LSTM, Call, judge, run
-from recurrent_calls import call as make
+from recurrence_calls import GRU, LSTM, Call, judge, run
+from recurrence_calls import call as make
 
 from .calls import tiles_of
 from .driver import StandIn, standing_in

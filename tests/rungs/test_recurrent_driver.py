@@ -3,7 +3,7 @@ needed."""
 
 import pytest
 import torch
-from recurrent_calls import GRU, LSTM, RNN_TANH, run
+from recurrence_calls import GRU, LSTM, RNN_TANH, run
 
 from rungs import recurrent_jit
 from rungs.driver import standing_in

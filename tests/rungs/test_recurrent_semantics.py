@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_calls import run
+from recurrence_calls import run
 
 from rungs import recurrent_cases
 from rungs.mutations import MUTATIONS

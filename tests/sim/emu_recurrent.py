@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recurrence_tools import GATES, GRU, LSTM, RNN_TANH, Problem, problem
+from recurrence_calls import GRU, LSTM, RNN_TANH, Call, by_reference, call
 from torch import Tensor
 
 from .emu import HERE, ROOT, Case, Program
@@ -48,17 +48,16 @@ FEW_HELD = program(torch.bfloat16, held=32)
 @dataclass
 class Pass:
     case: Case
-    problem: Problem
+    dtype: torch.dtype
     right: dict[str, Tensor]  # fp64
     plain: dict[str, Tensor]  # by plain PyTorch in the case's dtype
 
     def check(self, got: dict[str, Tensor]) -> None:
         """Within twice the error of plain PyTorch at the same dtype, and nothing left unwritten."""
-        dtype = self.problem.given["gx"].dtype
         for name, right in self.right.items():
             x, plain = got[name].double(), self.plain[name].double()
             assert not x.isnan().any(), name
-            unit = 1e-5 if dtype == torch.float32 else 1e-2
+            unit = 1e-5 if self.dtype == torch.float32 else 1e-2
             allowed = 2 * float((plain - right).norm()) + unit * float(right.norm()) + 1e-6
             error = float((x - right).norm())
             assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
@@ -73,14 +72,13 @@ def passes(
     **options: Any,
 ) -> tuple[Pass, Pass]:
     """The forward and the backward of one call; the latter gets what fp64 would have saved."""
-    made = problem(dtype, **options)
-    g = made.given
-    cell, T = made.cell, g["T"]
-    D, B, P = g["h0"].shape
-    N, H = g["gx"].shape[1], g["gx"].shape[2] // GATES[cell]
-    right, plain = made.oracle(torch.float64), made.oracle(dtype)
-    saved = saved_by_reference(made)
-    numbers = {"T": T, "cell": cell, "reverse": g["reverse"], "tier": tier,
+    made = call(dtype=dtype, **options)
+    g, cell = made.arguments(), made.cell
+    D, B, H, P = made.sizes
+    N = g["gx"].shape[1]
+    right, plain = by_reference(made, Tensor.double), by_reference(made)
+    saved = saved_by_reference(made, right["y"])
+    numbers = {"T": made.T, "cell": cell, "reverse": made.reverse, "tier": tier,
                "multiprocessors": multiprocessors, "shared": shared}  # fmt: skip
     tensors = {"gx": g["gx"], "w_hh": torch.stack(g["w_hh"]), "h0": g["h0"]}
     tensors |= {"b_hn": torch.stack(g["b_hn"])} if g["b_hn"] else {}
@@ -95,28 +93,26 @@ def passes(
     grads = {"dgx": torch.full_like(g["gx"], NAN), "dh0": torch.full_like(g["h0"], NAN)}
     grads |= {"dc0": torch.full_like(g["c0"], NAN)} if cell == LSTM else {}
     grads |= {"dghn": torch.full((D, N, H), NAN).to(dtype)} if cell == GRU else {}
-    upstream = {n: t for n, t in made.upstream.items() if n != "dc_n" or cell == LSTM}
+    upstream = {f"d{n}": t for n, t in made.upstreams().items()}
     backward = Case("recurrent_backward", numbers, {**tensors, **saved, **upstream}, grads)
 
     def only(values: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
         return {n: values[n] for n in names if n in values}
 
     ways = (
-        Pass(case, made, only(right, case.outputs), only(plain, case.outputs))
+        Pass(case, dtype, only(right, case.outputs), only(plain, case.outputs))
         for case in (forward, backward)
     )
     first, second = ways
     return first, second
 
 
-def saved_by_reference(made: Problem) -> dict[str, Tensor]:
+def saved_by_reference(made: Call, y: Tensor) -> dict[str, Tensor]:
     """y, gates and cells as the contract has them, from fp64, with NaN in rows that no sequence
-    has."""
-    g, cell = made.given, made.cell
-    dtype, T = g["gx"].dtype, g["T"]
-    D, B, _ = g["h0"].shape
-    N, H = g["gx"].shape[1], g["gx"].shape[2] // GATES[cell]
-    y = made.oracle(torch.float64)["y"].to(dtype)
+    has. y: the oracle's."""
+    g, cell, T = made.arguments(), made.cell, made.T
+    D, B, H, _ = made.sizes
+    N, dtype = g["gx"].shape[1], g["gx"].dtype
     gates, cells = torch.full((D, N, 4 * H), NAN), torch.full((D, N, H), NAN)
     starts = None if g["offsets"] is None else g["offsets"].tolist()
     for d in range(D):
@@ -149,7 +145,7 @@ def saved_by_reference(made: Problem) -> dict[str, Tensor]:
                 values = torch.zeros(B, 4 * H, dtype=torch.float64)
             h = torch.where(here[:, None], new, h)
             gates[d, first : first + n] = torch.where(here[:, None], values, NAN)[:n].float()
-    found = {"y": y}
+    found = {"y": y.to(dtype)}
     if cell in (LSTM, GRU):
         found["gates"] = gates.to(dtype)
     if cell == LSTM:

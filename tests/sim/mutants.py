@@ -27,10 +27,9 @@ from typing import Any
 import torch
 from ffn_tools import Call, ffn
 from ffn_tools import judge as judge_ffn
-from recurrence_tools import GRU
-from recurrence_tools import Problem as Recurrence
-from recurrence_tools import judge as judge_recurrence
-from recurrence_tools import problem as recurrence
+from recurrence_calls import GRU, cuda
+from recurrence_calls import call as recurrence
+from recurrence_calls import judge as judge_recurrence
 from rungs.mutants import mutate
 from tools import Problem, featured, judge, packed, padded
 
@@ -166,11 +165,6 @@ RECURRENT_CASES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def _recurrence(name: str, dtype: torch.dtype) -> tuple[Recurrence, int]:
-    options, tier = RECURRENT_CASES[name]
-    return recurrence(dtype, **options), tier
-
-
 # --------------------------------------------------------------- the checks, run inside a mutant
 
 
@@ -187,7 +181,8 @@ def _by_ptx(case: str, mutation: Mutation | None, sources: Path, only: Variant) 
             elif case in RECURRENT_CASES:
                 if case == "rnn_torn":
                     gpu.schedule = ptx.Schedule(seed=3, order="random")
-                judge_recurrence(*_recurrence(case, _DTYPES[only[0]]))
+                options, tier = RECURRENT_CASES[case]
+                judge_recurrence(recurrence(dtype=_DTYPES[only[0]], **options), cuda(tier))
             elif case.startswith("kv_"):
                 kv_cache_cases.check(case, _DTYPES[only[0]])
             elif case in FFN_CASES:

@@ -176,6 +176,16 @@ RECURRENT = (
         "OutOfBounds",
         ALONE,
     ),
+    _bug(
+        "columns_beyond_the_weights",
+        FWD,
+        "unit < p.H && column < p.P ? w_hh[",
+        "unit < p.H ? w_hh[",
+        "what pads the last unit's columns is read from behind w_hh",
+        "asan:rnn_ragged",
+        "out of bounds",
+        (FP32, 16, True),
+    ),
     # ---- values
     _bug(
         "k_steps_swapped",

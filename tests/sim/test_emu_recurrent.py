@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrence_tools import GRU, LSTM, RNN_RELU, RNN_TANH
+from recurrence_calls import GRU, LSTM, RNN_RELU, RNN_TANH
 
 from sim.emu import LaunchError, agreeing, run
 from sim.emu_recurrent import BLOCK, FEW_HELD, GRID, PROGRAMS, STEP, Pass, passes
@@ -20,9 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {"H": 40, "B": 5},
     "groups": {"H": 20, "B": 19, "T": 3},
     "both": {"H": 24, "D": 2, "reverse": 2, "lengths": [4, 1, 0, 3, 2]},
-    "packed": {"H": 24, "B": 19, "T": 3, "lengths": [3] * 9 + [1] * 10, "packed": True},
-    "packed_both": {"H": 20, "D": 2, "reverse": 2, "lengths": [4, 4, 2, 1, 1], "packed": True,
-                    "mask": True},
+    "packed": {"H": 24, "packed": [3] * 9 + [1] * 10},
+    "packed_both": {"H": 20, "D": 2, "reverse": 2, "packed": [4, 4, 2, 1, 1], "mask": True},
     "gru": {"H": 40, "cell": GRU, "mask": True},
     "rnn": {"H": 20, "cell": RNN_TANH, "reverse": 1},
     "tiles": {"H": 100, "B": 40, "T": 2},
@@ -30,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ALONE: dict[str, dict[str, Any]] = {
     "lstm": {"H": 40, "B": 11, "D": 2, "reverse": 2, "lengths": [4, 1, 0, 3, 2] * 2 + [4]},
-    "gru": {"H": 100, "T": 2, "cell": GRU, "lengths": [2, 2, 2, 1, 1], "packed": True},
+    "gru": {"H": 100, "cell": GRU, "packed": [2, 2, 2, 1, 1]},
     "rnn": {"H": 7, "cell": RNN_RELU},
 }
 
@@ -58,11 +57,15 @@ def test_no_races_in_a_block(name: str, dtype: torch.dtype) -> None:
         one.check(run(PROGRAMS[dtype], one.case, "tsan", schedule="reverse"))
 
 
-@full
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize(
-    ("tier", "name"), [*((GRID, n) for n in CASES), *((BLOCK, n) for n in ALONE)]
-)
+def bounds() -> list[Any]:
+    """Every case; in `make verify` the one of fp32 that has the most of everything."""
+    usual = (GRID, "packed_both", FP32)
+    cases = [*((GRID, n) for n in CASES), *((BLOCK, n) for n in ALONE)]
+    every = [(tier, name, dtype) for tier, name in cases for dtype in (BF16, FP32)]
+    return [x if x == usual else pytest.param(*x, marks=full) for x in every]
+
+
+@pytest.mark.parametrize(("tier", "name", "dtype"), bounds())
 def test_bounds_and_values(tier: int, name: str, dtype: torch.dtype) -> None:
     options = CASES[name] if tier == GRID else ALONE[name]
     for one in of(dtype, tier, options):

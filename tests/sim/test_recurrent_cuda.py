@@ -2,14 +2,26 @@
 PTX, in the simulator) against the fp64 oracle, values and gradients, for every tier."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import recurrent_tools as layers
+import recurrent_layers as layers
 import torch
-from recurrence_tools import GRU, LSTM, RNN_RELU, RNN_TANH, judge, problem, run
+from recurrence_calls import (
+    GRU,
+    LSTM,
+    RNN_RELU,
+    RNN_TANH,
+    backward,
+    call,
+    cuda,
+    forward,
+    judge,
+    run,
+)  # fmt: skip
 
-from fastattn.ops import recurrent_cuda, recurrent_gpu
+from fastattn.ops import recurrent_gpu
 from fastattn.ops.recurrent_cuda import BLOCK, GRID, STEP, tier_of
 from sim import ptx
 from sim.cudart import Device
@@ -54,7 +66,7 @@ def kernels(gpu: Device) -> list[str]:
     ],
 )
 def test_cells(cell: int, dtype: torch.dtype, tier: int, gpu: Device) -> None:
-    judge(problem(dtype, cell=cell, H=20, T=3, mask=True, **BOTH), tier)
+    judge(call(cell, dtype=dtype, H=20, T=3, mask=True, **BOTH), cuda(tier))
     name = {LSTM: "lstm", GRU: "gru"}.get(cell, "rnn")
     if tier == STEP:
         assert kernels(gpu) == 3 * ["recurrent_step_fwd"] + 4 * ["recurrent_step_bwd"]
@@ -67,8 +79,8 @@ def test_cells(cell: int, dtype: torch.dtype, tier: int, gpu: Device) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cell", [LSTM, pytest.param(GRU, marks=full)])
 def test_lengths_and_packed_rows(cell: int, packed: bool, tier: int) -> None:
-    lengths = [4, 3, 2, 1, 1] if packed else RAGGED
-    judge(problem(BF16, cell=cell, H=20, lengths=lengths, packed=packed, **BOTH), tier)
+    rows = {"packed": [4, 3, 2, 1, 1]} if packed else {"lengths": RAGGED}
+    judge(call(cell, dtype=BF16, H=20, **rows, **BOTH), cuda(tier))
 
 
 @pytest.mark.parametrize(
@@ -80,40 +92,20 @@ def test_lengths_and_packed_rows(cell: int, packed: bool, tier: int) -> None:
         ({"H": 128, "B": 9, "T": 2}, BLOCK),
         ({"H": 20, "B": 3, "T": 2, "P": 1}, STEP),
         ({"H": 20, "B": 5, "P": 7, "lengths": RAGGED, "mask": True, **BOTH}, STEP),
-        ({"H": 20, "B": 5, "P": 24, "lengths": [4, 3, 3, 1, 1], "packed": True}, STEP),
+        ({"H": 20, "P": 24, "packed": [4, 3, 3, 1, 1]}, STEP),
         pytest.param({"H": 300, "B": 3, "T": 2}, GRID, marks=full),
         pytest.param({"H": 128, "B": 40, "T": 3, "cell": GRU}, BLOCK, marks=full),
     ],
 )
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=full)], ids=str)
 def test_shapes(options: dict[str, Any], tier: int, dtype: torch.dtype) -> None:
-    judge(problem(dtype, **options), tier)
+    judge(call(dtype=dtype, **options), cuda(tier))
 
 
 @full
 def test_columns_beyond_the_registers() -> None:
     """fp32 LSTM: 384 columns in registers, the others in shared memory; 26 blocks."""
-    judge(problem(FP32, H=410, B=2, T=2), GRID)
-
-
-def test_the_projections_gradient_of_h() -> None:
-    """dW_hr = dh^T m: its dh is the whole gradient of h_t, zero in rows that nobody has."""
-    made = problem(FP32, H=12, P=5, T=3, B=4, lengths=[3, 0, 2, 1])
-    got = run(made, STEP)
-    given = {**made.given, "w_hr": [made.given["w_hr"][0].double().requires_grad_()]}
-    wide = {n: given[n].double() for n in ("gx", "h0", "c0")}
-    from fastattn.reference.recurrent import recurrence
-
-    y, h_n, c_n = recurrence(**{**given, **wide, "w_hh": [given["w_hh"][0].double()]})
-    total = sum((x * made.upstream[n].double()).sum() for n, x in
-                (("dy", y), ("dh_n", h_n), ("dc_n", c_n)))  # fmt: skip
-    (right,) = torch.autograd.grad(total, given["w_hr"])
-    _, _, _, gates, cells = recurrent_cuda.forward(**made.given, save=True)
-    m = gates[0, :, 36:48] * torch.tanh(cells[0])  # o tanh(c)
-    here = made.exists()
-    found = got["dh"][0][here].t() @ m[here]
-    torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-5)
-    assert not got["dh"][0][~here].any()
+    judge(call(H=410, B=2, T=2), cuda(GRID))
 
 
 @pytest.mark.parametrize("tier", [BLOCK, GRID, STEP])
@@ -121,13 +113,13 @@ def test_the_projections_gradient_of_h() -> None:
 def test_nothing_to_do(cell: int, tier: int, gpu: Device) -> None:
     """No step, no sequence: the states go through, without a launch."""
     for sizes in ({"T": 0}, {"B": 0}):
-        made = problem(BF16, cell=cell, H=8, **sizes)
-        got = run(made, tier)
-        assert torch.equal(got["h_n"], made.given["h0"])
-        assert torch.equal(got["dh0"], made.upstream["dh_n"])
+        made = call(cell, dtype=BF16, H=8, **sizes)
+        got, up = run(made, cuda(tier)), made.upstreams()
+        assert torch.equal(got["h_n"], made.tensors["h0"])
+        assert torch.equal(got["dh0"], up["h_n"])
         if cell == LSTM:
-            assert torch.equal(got["c_n"], made.given["c0"])
-            assert torch.equal(got["dc0"], made.upstream["dc_n"])
+            assert torch.equal(got["c_n"], made.tensors["c0"])
+            assert torch.equal(got["dc0"], up["c_n"])
     assert not gpu.launches
 
 
@@ -136,21 +128,19 @@ def test_nothing_to_do(cell: int, tier: int, gpu: Device) -> None:
 
 @pytest.mark.parametrize("tier", [BLOCK, GRID, STEP])
 def test_nan_of_rows_that_nobody_has_goes_nowhere(tier: int) -> None:
-    made = problem(BF16, H=20, lengths=RAGGED, **BOTH)
-    clean = run(made, tier)
-    gone = ~made.exists()
-    made.given["gx"][:, gone] = torch.nan
-    made.upstream["dy"][gone] = torch.nan
-    for name, x in run(made, tier).items():
+    made = call(dtype=BF16, H=20, lengths=RAGGED, **BOTH)
+    clean = run(made, cuda(tier))
+    made.tensors["gx"][:, ~made.there()] = torch.nan
+    for name, x in run(replace(made, poison=True), cuda(tier)).items():
         assert torch.equal(x, clean[name]), name
 
 
 @pytest.mark.parametrize("tier", [BLOCK, GRID])
 def test_a_nan_stays_in_its_sequence(tier: int) -> None:
-    made = problem(BF16, H=20, B=5)
-    clean = run(made, tier)
-    made.given["h0"][0, 3, 5] = torch.nan
-    got = run(made, tier)
+    made = call(dtype=BF16, H=20, B=5)
+    clean = run(made, cuda(tier))
+    made.tensors["h0"][0, 3, 5] = torch.nan
+    got = run(made, cuda(tier))
     others = [0, 1, 2, 4]
     assert got["h_n"][:, 3].isnan().any()
     for name in ("h_n", "c_n", "dh0"):
@@ -159,10 +149,11 @@ def test_a_nan_stays_in_its_sequence(tier: int) -> None:
 
 @pytest.mark.parametrize("tier", [BLOCK, GRID, STEP])
 def test_offsets_of_anybody_stay_inside_the_tensors(tier: int) -> None:
-    made = problem(BF16, H=20, T=3, B=4, lengths=[3, 2, 2, 1], packed=True)
+    made = call(dtype=BF16, H=20, packed=[3, 2, 2, 1])
     for offsets in ([0, 10**12, -5, 3], [-7, 4, 2, 10**9]):
-        made.given["offsets"] = torch.tensor(offsets)
-        run(made, tier)
+        wild = replace(made, offsets=torch.tensor(offsets))
+        y, _, _, gates, cells = forward(wild, kernels=cuda(tier))
+        backward(wild, (y, gates, cells), cuda(tier))
 
 
 # ----------------------------------------------------------------------------- order, bits, banks
@@ -170,12 +161,12 @@ def test_offsets_of_anybody_stay_inside_the_tensors(tier: int) -> None:
 
 @pytest.mark.parametrize("tier", [BLOCK, GRID])
 def test_bitwise_repeatable_in_any_order(gpu: Device, tier: int) -> None:
-    made = problem(BF16, H=36, B=9, T=3, **BOTH)
-    first = run(made, tier)
+    made = call(dtype=BF16, H=36, B=9, T=3, **BOTH)
+    first = run(made, cuda(tier))
     try:
         for order in ("reverse", "random"):
             gpu.schedule = ptx.Schedule(seed=3, order=order)
-            again = run(made, tier)
+            again = run(made, cuda(tier))
             assert all(torch.equal(again[n], first[n]) for n in first), order
     finally:
         gpu.schedule = None
@@ -185,7 +176,7 @@ def test_no_bank_conflicts_of_operands_and_sums(gpu: Device) -> None:
     """Weights and h in shared memory: 16-byte reads that take the wavefronts they must."""
     gpu.schedule = ptx.Schedule(traffic=True)
     try:
-        run(problem(BF16, H=128, B=8, T=2), BLOCK)
+        run(call(dtype=BF16, H=128, B=8, T=2), cuda(BLOCK))
     finally:
         gpu.schedule = None
     for launch in gpu.launches:
@@ -220,18 +211,18 @@ def test_the_tier_follows_from_sizes_and_gpu(gpu: Device) -> None:
 def test_every_launch_goes_to_the_device_and_stream_of_the_call(gpu: Device) -> None:
     with gpu.placed(1, 7) as stream:
         for tier in (BLOCK, GRID, STEP):
-            run(problem(BF16, H=8, T=1, B=1), tier)
+            run(call(dtype=BF16, H=8, T=1, B=1), cuda(tier))
     assert {(x.device, x.stream) for x in gpu.launches} == {(1, stream)}
 
 
-@pytest.mark.parametrize("call", ["cudaLaunchKernel", "cudaMemsetAsync", "cudaFuncSetAttribute"])
-def test_a_failing_call_says_what_it_was(gpu: Device, call: str) -> None:
-    made = problem(BF16, H=8, T=1, B=1)
-    with gpu.failing(call, 701), pytest.raises(RuntimeError) as raised:
-        run(made, GRID)
+@pytest.mark.parametrize("name", ["cudaLaunchKernel", "cudaMemsetAsync", "cudaFuncSetAttribute"])
+def test_a_failing_call_says_what_it_was(gpu: Device, name: str) -> None:
+    made = call(dtype=BF16, H=8, T=1, B=1)
+    with gpu.failing(name, 701), pytest.raises(RuntimeError) as raised:
+        run(made, cuda(GRID))
     assert "fastattn::recurrence_cuda" in str(raised.value)
     assert "cudaErrorLaunchOutOfResources" in str(raised.value)
-    judge(made, GRID)  # no error stays behind
+    judge(made, cuda(GRID))  # no error stays behind
     assert gpu.idle()
 
 
@@ -259,7 +250,7 @@ def refusals() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("words", refusals())
 def test_a_direct_call_stays_inside_its_tensors(gpu: Device, words: str) -> None:
-    given = {**problem(FP32, H=8, T=3, B=2).given, **refusals()[words]}
+    given = {**call(H=8, T=3, B=2).arguments(), **refusals()[words]}
     with pytest.raises(RuntimeError, match=rf"fastattn::recurrence_cuda: {words}"):
         OPS.recurrence_cuda_kernel_fwd(*given.values(), True, 0)
     assert not gpu.launches
@@ -267,7 +258,7 @@ def test_a_direct_call_stays_inside_its_tensors(gpu: Device, words: str) -> None
 
 
 def test_an_lstm_too_wide_for_the_gpu_is_named(gpu: Device) -> None:
-    given = problem(FP32, H=8, T=1, B=1).given
+    given = call(H=8, T=1, B=1).arguments()
     with pytest.raises(RuntimeError, match="w_hh of H 8 does not stay in this GPU's registers"):
         OPS.recurrence_cuda_kernel_fwd(*given.values(), True, STEP)
 
@@ -284,7 +275,7 @@ def test_layers(cell: str, gpu: Device) -> None:
 
 @pytest.mark.parametrize("cell", [LSTM, GRU])
 def test_the_first_use_check_passes(cell: int, gpu: Device) -> None:
-    given = problem(FP32, cell=cell, H=9, T=3, **BOTH).given
+    given = call(cell, H=9, T=3, **BOTH).arguments()
     names = ("w_hh", "b_hn", "w_hr", "h0", "c0", "h_mask", "offsets", "lengths", "T", "cell")
     arguments = (*(given[n] for n in names), given["reverse"])
     assert recurrent_gpu._check("cuda", arguments) is None

@@ -9,8 +9,8 @@ import dataclasses
 
 import pytest
 import torch
-from recurrent_calls import GRU, LSTM, judge, run
-from recurrent_calls import call as make
+from recurrence_calls import GRU, LSTM, judge, run
+from recurrence_calls import call as make
 from rungs.calls import tiles_of
 from rungs.recurrent_cases import tier_of
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from recurrent_calls import CELLS, GRU, LSTM, RNN_TANH, backward, call, forward, judge, run
+from recurrence_calls import CELLS, GRU, LSTM, RNN_TANH, backward, call, forward, judge, run
 from test_layernorm_interpreter import launches
 
 from fastattn.kernels import recurrent as kernels

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_tools import judge, make
+from recurrent_layers import judge, make
 
 from fastattn.ops import recurrent_gpu, recurrent_triton
 

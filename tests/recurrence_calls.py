@@ -1,6 +1,6 @@
-"""Calls of the recurrence itself (kernels/recurrent.py) by name, judged against
+"""Calls of the recurrence itself on the GPU kernels (Triton's, or CUDA C++'s), judged against
 fastattn.reference.recurrent in fp64: error <= 2 x that of the same reference in the call's dtype
-(plain PyTorch) + floor, as rule.py has it.
+(plain PyTorch) + floor, as rule.py has it. Whole layers are recurrent_layers.py's.
 
 Gradients of weights are GEMMs of others over what the kernels return: here they are formed in fp64
 from it, so that dghn and dh, which no output shows otherwise, are judged too.
@@ -9,14 +9,17 @@ from it, so that dghn and dh, which no output shows otherwise, are judged too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from rule import Draws, assert_within, one_thread
 from tools import Result
 from torch import Tensor
 
-from fastattn.ops import recurrent_triton
+from fastattn.ops import recurrent_cuda, recurrent_triton
 from fastattn.reference import recurrent as reference
 
 LSTM, GRU, RNN_TANH, RNN_RELU = (
@@ -26,6 +29,14 @@ LSTM, GRU, RNN_TANH, RNN_RELU = (
     reference.RNN_RELU,
 )
 CELLS = {"lstm": LSTM, "gru": GRU, "rnn_tanh": RNN_TANH, "rnn_relu": RNN_RELU}
+
+
+def cuda(tier: int) -> SimpleNamespace:
+    """The CUDA C++ kernels, from that tier on."""
+    of = recurrent_cuda
+    return SimpleNamespace(
+        forward=partial(of.forward, tier=tier), backward=partial(of.backward, tier=tier)
+    )
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,15 @@ class Call:
 
     def of(self, name: str, tensors: dict[str, Tensor]) -> list[Tensor]:
         return [tensors[f"{name}{d}"] for d in range(2) if f"{name}{d}" in tensors]
+
+    def arguments(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """As the oracle and the kernels' forward take them, in their order; with these tensors."""
+        x = self.tensors if tensors is None else tensors
+        lists = {n: self.of(n, x) for n in ("w_hh", "b_hn", "w_hr")}
+        states = {n: x.get(n) for n in ("h0", "c0", "h_mask")}
+        rows = {"offsets": self.offsets, "lengths": self.lengths, "T": self.T}
+        return {"gx": x["gx"], **lists, **states, **rows, "cell": self.cell,
+                "reverse": self.reverse}  # fmt: skip
 
     def rows(self, t: int) -> tuple[Tensor, Tensor]:
         """Rows of gx and y at time t, and the sequences that have them."""
@@ -76,18 +96,18 @@ class Call:
         if self.cell != LSTM:
             del made["c_n"]
         dtype = self.tensors["gx"].dtype
-        return {n: x.to(dtype) for n, x in made.items() if n in self.upstream}
+        made = {n: x.to(dtype) for n, x in made.items() if n in self.upstream}
+        if self.poison and "y" in made:
+            made["y"][~self.there()] = torch.nan
+        return made
 
 
 def by_reference(call: Call, cast: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
     """Outputs and gradients by plain autograd."""
     x = {n: cast(t.detach()).requires_grad_(n != "h_mask") for n, t in call.tensors.items()}
-    outs = reference.recurrence(
-        x["gx"], call.of("w_hh", x), call.of("b_hn", x), call.of("w_hr", x), x["h0"], x.get("c0"),
-        x.get("h_mask"), call.offsets, call.lengths, call.T, call.cell, call.reverse,
-    )  # fmt: skip
+    outs = reference.recurrence(**call.arguments(x))
     outputs = dict(zip(("y", "h_n", "c_n"), outs, strict=True))
-    up = call.upstreams()
+    up = replace(call, poison=False).upstreams()
     wanted = {n: t for n, t in x.items() if t.requires_grad}
     kept = [n for n in up if outputs[n].requires_grad]
     grads = torch.autograd.grad(
@@ -100,31 +120,25 @@ def by_reference(call: Call, cast: Callable[[Tensor], Tensor] = lambda x: x) -> 
     return {n: t.detach() for n, t in {**outputs, **named}.items()}
 
 
-def forward(call: Call, save: bool = True) -> tuple[Tensor, ...]:
-    x = call.tensors
-    return recurrent_triton.forward(
-        x["gx"], call.of("w_hh", x), call.of("b_hn", x), call.of("w_hr", x), x["h0"], x.get("c0"),
-        x.get("h_mask"), call.offsets, call.lengths, call.T, call.cell, call.reverse, save,
-    )  # fmt: skip
+def forward(call: Call, save: bool = True, kernels: Any = recurrent_triton) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = kernels.forward(**call.arguments(), save=save)
+    return found
 
 
-def backward(call: Call, saved: Sequence[Tensor]) -> dict[str, Tensor]:
+def backward(
+    call: Call, saved: Sequence[Tensor], kernels: Any = recurrent_triton
+) -> dict[str, Tensor]:
     """saved: y, gates, cells. The results by name."""
-    x, up = call.tensors, call.upstreams()
-    if call.poison:
-        up["y"][~call.there()] = torch.nan
-    found = recurrent_triton.backward(
-        up.get("y"), up.get("h_n"), up.get("c_n"), *saved, call.of("w_hh", x), call.of("w_hr", x),
-        x["h0"], x.get("c0"), x.get("h_mask"), call.offsets, call.lengths, call.T, call.cell,
-        call.reverse,
-    )  # fmt: skip
+    up, given = call.upstreams(), call.arguments()
+    del given["gx"], given["b_hn"]
+    found = kernels.backward(up.get("y"), up.get("h_n"), up.get("c_n"), *saved, **given)
     return dict(zip(("dgx", "dghn", "dh0", "dc0", "dh"), found, strict=True))
 
 
-def run(call: Call) -> dict[str, Tensor]:
+def run(call: Call, kernels: Any = recurrent_triton) -> dict[str, Tensor]:
     """By the kernels, under the names of ``by_reference``."""
-    y, h_n, c_n, gates, cells = forward(call)
-    grads = backward(call, (y, gates, cells))
+    y, h_n, c_n, gates, cells = forward(call, kernels=kernels)
+    grads = backward(call, (y, gates, cells), kernels)
     _shapes(call, y, h_n, c_n, grads)
     made = {"y": y, "h_n": h_n, "c_n": c_n, **{n: grads[n] for n in ("dgx", "dh0", "dc0")}}
     if call.cell != LSTM:
@@ -178,9 +192,9 @@ def _of_weights(
     return {n: x.to(y.dtype) for n, x in made.items()}
 
 
-def judge(call: Call) -> Result:
+def judge(call: Call, kernels: Any = recurrent_triton) -> Result:
     """Run the call; hold outputs and gradients to the rule."""
-    got = run(call)
+    got = run(call, kernels)
     with one_thread():
         right = by_reference(call, lambda x: x.double())
     assert set(got) == set(right)
