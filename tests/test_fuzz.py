@@ -134,6 +134,21 @@ def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "no word in" in tally.bad[0][1]
 
 
+def test_time_in_which_the_driver_was_stopped_is_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text("#!/bin/sh\nexec sleep 60\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    asleep = driver.Worker(["norms"], 5, 0.0)
+    asleep.looked -= 1000.0
+    asleep.read(driver.Tally())
+    assert asleep.died() is None
+    asleep.silent = driver._SILENCE
+    assert "no word" in str(asleep.died())
+
+
 def test_a_family_ends_up_in_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "FIGURES", tmp_path / "FIGURES.md")
     tally = driver.Tally()
