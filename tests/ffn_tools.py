@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rule import Draws, assert_within, one_thread
+from rule import Draws, assert_within, one_thread, unit
 from tools import Result
 from torch import Tensor
 
@@ -97,6 +97,29 @@ def upside_down(call: Call) -> dict[str, Tensor]:
     return {n: turn(x, n) for n, x in by_reference(turned).all().items()}
 
 
+def norm_floors(call: Call, right: Result) -> dict[str, Tensor]:
+    """ds = rstd (g - mean(g) - xhat mean(g xhat)) cancels where features are few, of one to 0: its
+    terms are rounded. For the norms alone: one before or behind other work passes on more."""
+    norm = {"layer_norm": "layer", "rms_norm": "rms"}.get(call.op, call.kwargs.get("norm", "layer"))
+    if call.op not in ("layer_norm", "rms_norm", "add_layer_norm") or norm is None:
+        return {}
+    shape = call.kwargs.get("normalized_shape", 1)
+    dims = tuple(range(-1 if isinstance(shape, int) else -len(shape), 0))
+    x = right.outputs.get("s", call.tensors["x"]).detach().double()
+    eps = call.kwargs.get("eps", None if call.op == "rms_norm" else 1e-5)
+    eps = torch.finfo(call.tensors["x"].dtype).eps if eps is None else eps
+
+    def mean(t: Tensor) -> Tensor:
+        return t.mean(dims, keepdim=True)
+
+    x = x - mean(x) if norm == "layer" else x
+    rstd = (mean(x.square()) + eps).rsqrt()
+    g = call.upstream_for(right.outputs)[0].double() * call.tensors.get("weight", torch.ones(()))
+    terms = g.abs() + (x * rstd).abs() * mean((g * x * rstd).abs())
+    floor = unit(torch.float32) * rstd * (terms + mean(g.abs()) if norm == "layer" else terms)
+    return {"dx": floor / (1 - call.kwargs.get("dropout_p", 0.0)), "dresidual": floor}
+
+
 def judge(call: Call, backend: str = "cpu") -> Result:
     """Run the call; hold outputs and gradients to the rule."""
     got = run(call, backend)
@@ -104,8 +127,9 @@ def judge(call: Call, backend: str = "cpu") -> Result:
         right = by_reference(call, lambda x: x.double())
     orders = [] if "seed" in call.kwargs else [lambda: upside_down(call)]
     plain = Draws(lambda cast: by_reference(call, cast).all(), *orders)
+    floors = norm_floors(call, right)
     for name, x in right.all().items():
-        assert_within(name, got.all()[name], x, plain[name])
+        assert_within(name, got.all()[name], x, plain[name], floors.get(name, 0.0))
     for name, grad in got.grads.items():
         assert grad.dtype == call.tensors[name].dtype, name
         assert grad.shape == call.tensors[name].shape, name

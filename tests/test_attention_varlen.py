@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_attention_ops import op_calls_of
 from tools import DTYPES, cumulative, judge, packed, padded, run, values
 
 import fastattn
@@ -183,3 +184,14 @@ def test_sequence_of_another_batch_changes_nothing(kernel: str) -> None:
     cu = cumulative((70,))
     o = fastattn.attention_varlen(*alone, cu, cu, causal=True, backend=kernel)
     torch.testing.assert_close(together[rows], o, rtol=1e-6, atol=1e-6)
+
+
+def test_counts_of_sequences_are_compared_before_they_are_read() -> None:
+    """Zero strides make cu_seqlens of any length: 2^40 numbers would be read for minutes."""
+    calls = op_calls_of(lambda: run(packed((7, 12)), "cpu"))
+    op, args = calls["attention_fwd"]
+    at = next(i for i, x in enumerate(args) if x is not None and x.dim() == 1)
+    endless = torch.zeros((), dtype=torch.int32).expand(2**40)
+    for cu_q, cu_k in ((endless, args[at + 1]), (args[at], endless)):
+        with pytest.raises(RuntimeError, match="cu_seqlens_k must have shape"):
+            op(*args[:at], cu_q, cu_k, *args[at + 2 :])

@@ -2,6 +2,8 @@
 
 import signal
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,33 @@ def test_a_crash_is_recorded_with_its_case(tmp_path: Path, monkeypatch: pytest.M
     assert "heap-buffer-overflow" in tally.bad[0][1]
 
 
+def test_every_family_has_its_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = {"slow": 0.05, "quick": 0.005, "last": 0.005}
+    calls: list[tuple[str, int]] = []
+
+    def cases_of(family: str, seed: int, *_: Any, **__: Any) -> None:
+        calls.append((family, seed))
+        time.sleep(spent[family])
+
+    monkeypatch.setattr(worker, "run", cases_of)
+    monkeypatch.setattr(driver.resource, "setrlimit", lambda *_: None)  # of this process
+    driver.work(tmp_path / "journal", list(spent), 7, time.time() + 0.4)
+    assert [f for f, _ in calls[:3]] == list(spent)
+    had = {f: spent[f] * sum(family == f for family, _ in calls) for f in spent}
+    assert max(had.values()) < min(had.values()) + 0.15
+    assert len(set(calls)) == len(calls)  # no seed twice
+
+
+def test_behind_a_crash_begins_who_had_least() -> None:
+    tally = driver.Tally()
+    for family in ("norms", "norms", "bias_act"):
+        tally.counts.setdefault(family, Counter())["calls"] += 1
+    order = driver._least_first(["norms", "bias_act", "embedding"], tally)
+    assert order == ["embedding", "bias_act", "norms"]
+
+
 def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = tmp_path / "python"
     stand_in.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -103,6 +132,21 @@ def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tally = driver.fuzz(["norms"], 5, 0.005)
     assert tally.counts["norms"]["crashes"] == 1
     assert "no word in" in tally.bad[0][1]
+
+
+def test_time_in_which_the_driver_was_stopped_is_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text("#!/bin/sh\nexec sleep 60\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    asleep = driver.Worker(["norms"], 5, 0.0)
+    asleep.looked -= 1000.0
+    asleep.read(driver.Tally())
+    assert asleep.died() is None
+    asleep.silent = driver._SILENCE
+    assert "no word" in str(asleep.died())
 
 
 def test_a_family_ends_up_in_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

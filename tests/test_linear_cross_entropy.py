@@ -144,6 +144,18 @@ def test_no_row_counts() -> None:
     assert run(fastattn, empty, kwargs)["loss"].shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_an_upstream_gradient_is_not_rounded(dtype: torch.dtype) -> None:
+    """A third, as of three accumulated steps: each element is rounded, not the third."""
+    tensors, kwargs = call(20, dtype=dtype, reduction="sum")
+    leaves = {n: x.requires_grad_() for n, x in tensors.items()}
+    loss = fastattn.linear_cross_entropy(**leaves, **kwargs)
+    whole = torch.autograd.grad(loss, [*leaves.values()], retain_graph=True)
+    third = torch.autograd.grad(loss, [*leaves.values()], torch.tensor(1 / 3))
+    for a, b in zip(whole[:2], third[:2], strict=True):
+        assert torch.equal(b, (a.double() / 3).to(dtype))
+
+
 def test_large_logits_and_strides() -> None:
     tensors, kwargs = call(4, 9, d=16)
     tensors["x"] = (torch.randn(9, 4, 32).transpose(0, 1)[..., ::2]) * 200

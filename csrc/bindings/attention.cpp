@@ -23,6 +23,7 @@ using namespace fastattn::binding;
 std::vector<int64_t> integers(const Tensor& x, int64_t n, const char* name) {
   FASTATTN_CHECK(x.dim() == 1 && x.size(0) == n, name, " must have shape (", n, ",)");
   std::vector<int64_t> out;
+  out.reserve(size_t(n));  // zero strides make a tensor of any length: what does not fit fails now
   const int64_t step = x.stride(0);
   for (int64_t i = 0; i < n; ++i) {
     if (x.scalar_type() == ScalarType::Int)
@@ -109,6 +110,8 @@ struct Call {
     FASTATTN_CHECK(a.cu_seqlens_q->dim() == 1 && a.cu_seqlens_q->size(0) >= 1,
                    "cu_seqlens_q must have shape (B + 1,)");
     p.B = a.cu_seqlens_q->size(0) - 1;
+    FASTATTN_CHECK(a.cu_seqlens_k->dim() == 1 && a.cu_seqlens_k->size(0) == p.B + 1,
+                   "cu_seqlens_k must have shape (", p.B + 1, ",)");
     p.Sq = starts(*a.cu_seqlens_q, p.B, q.size(0), "cu_seqlens_q", q_start, q_len);
     p.Sk = starts(*a.cu_seqlens_k, p.B, k.size(0), "cu_seqlens_k", k_start, k_len);
     if (a.weights || a.mask || a.bias) {

@@ -7,8 +7,9 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// So few query rows a kv head that packing K would cost as much as using it: the forward takes it as
-// it lies, and so does whoever needs the forward's logits again, for they are to be the same bits.
+// So few query rows a kv head that packing K would cost as much as using it: the forward takes it
+// as it lies, and so does whoever needs the forward's logits again, for they are to be the same
+// bits.
 inline bool few_rows(const AttentionParams& p) {
   return p.Sq * (p.H / std::max<int64_t>(p.Hk, 1)) <= kMR;
 }

@@ -143,13 +143,13 @@ class _Pass:
         else:
             self.dw += d.t() @ rows
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
         need, bias, weight = self.need, self.bias, self.weight
         dw, db = self.dw, self.db
         if need & _DW:
             dw = dw.to(weight.dtype) if dw.numel() else torch.zeros_like(weight)
         if bias is not None and need & _DB:
-            db = db.to(bias.dtype) if db.numel() else torch.zeros_like(bias)
+            db = db.to(bias_dtype) if db.numel() else torch.zeros_like(bias, dtype=bias_dtype)
         return self.dx, dw, db
 
 
@@ -166,7 +166,8 @@ def _fwd_impl(
         loss = loss.sum()
         # The mean over no rows is NaN, as torch's.
         loss = loss / n if reduction == 1 else loss
-    return loss, *work.gradients()
+    # The bias's is small: it stays float32 until dloss has multiplied it, and is rounded once.
+    return loss, *work.gradients(torch.float32)
 
 
 def _bwd_impl(
@@ -175,17 +176,17 @@ def _bwd_impl(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     work = _Pass(x, weight, bias, target, ignore_index, label_smoothing, need)
     work.run(dloss, 1.0)
-    return work.gradients()
+    return work.gradients(None if bias is None else bias.dtype)
 
 
 def _grads_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, need: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, need: int, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide: dict[str, Any] = {"dtype": torch.float32}
     return (
         x.new_empty(x.shape if need & _DX else (0,)),
         weight.new_empty(weight.shape) if need & _DW else weight.new_empty((0,), **wide),
-        bias.new_empty(bias.shape)
+        bias.new_empty(bias.shape, dtype=bias_dtype)
         if bias is not None and need & _DB
         else weight.new_empty((0,), **wide),
     )
@@ -197,14 +198,14 @@ def _fwd_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows = x.shape[0]
     loss = x.new_empty(() if reduction else (rows,), dtype=torch.float32)
-    return loss, *_grads_fake(x, weight, bias, need if reduction else 0)
+    return loss, *_grads_fake(x, weight, bias, need if reduction else 0, torch.float32)
 
 
 def _bwd_fake(
     dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     ignore_index: int, label_smoothing: float, reduction: int, need: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _grads_fake(x, weight, bias, need)
+    return _grads_fake(x, weight, bias, need, None if bias is None else bias.dtype)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -220,7 +221,10 @@ def _gradients(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, target, *grads = ctx.saved_tensors
     *_, reduction, need = ctx.numbers
     if reduction:
-        found = [g * dloss.to(g.dtype) for g in grads]
+        # dloss as it is, in float32: rounded to 16 bits it would be off in every element alike.
+        found = [g * dloss for g in grads]
+        if bias is not None:
+            found[2] = found[2].to(bias.dtype)
     else:
         found = _bwd(dloss, x, weight, bias, target, *ctx.numbers)
     wanted = ctx.needs_input_grad[:3]  # while compiling `need` says more

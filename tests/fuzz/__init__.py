@@ -6,10 +6,11 @@
     cd tests && python -m fuzz --replay attention:7:31    one case again
 
 Three kinds of case (`case.py`): *valid*, held to the fp64 oracle forward and backward by the rule
-of tools.py; *invalid*, a valid call with one argument spoilt (`spoil.py`), which must be refused
+of rule.py; *invalid*, a valid call with one argument spoilt (`spoil.py`), which must be refused
 with a message that names it; *raw*, an op of torch.ops.fastattn with hostile tensors and numbers
 (`raw.py`), which may do what it likes but crash, hang or leave its tensors.
 
-A family of ops is a module here with `valid` and `roles` (`families.py`). A case is reproduced from
+A family of ops is a strategy of `Valid` (`families.py`). The clock is shared: the family that has
+had the least time is next, so all are reached in any run of minutes. A case is reproduced from
 family, seed and index alone.
 """

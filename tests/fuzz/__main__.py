@@ -65,7 +65,7 @@ class Worker:
         self.journal = tempfile.NamedTemporaryFile("r", suffix=".jsonl")  # noqa: SIM115
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.last: dict[str, object] | None = None
-        self.heard = time.monotonic()
+        self.silent, self.looked = 0.0, time.monotonic()
         command = [sys.executable, "-m", "fuzz", "--work", self.journal.name, "--seed", str(seed)]
         command += ["--until", str(until)]
         for family in families:
@@ -73,16 +73,20 @@ class Worker:
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.errors)
 
     def read(self, tally: Tally) -> None:
+        # Who was stopped or suspended with the worker did not hear it be silent.
+        now = time.monotonic()
+        self.silent += min(now - self.looked, 1.0)
+        self.looked = now
         while line := _whole_line(self.journal):  # type: ignore[arg-type]
             outcome = json.loads(line)
-            self.heard = time.monotonic()
+            self.silent = 0.0
             self.last = outcome if outcome["of"] == "start" else None
             tally.add(outcome)
 
     def died(self) -> str | None:
         """None while it runs; "" where it ended as it should; else how it died."""
         if self.process.poll() is None:
-            if time.monotonic() - self.heard < _SILENCE:
+            if self.silent < _SILENCE:
                 return None
             self.process.kill()
             self.process.wait()
