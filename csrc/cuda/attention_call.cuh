@@ -175,8 +175,9 @@ __device__ __forceinline__ void hide(float (&x)[4], const Visible& seen, int i, 
   }
 }
 
-// Ends a row: writes its lse, and what that rounds away, where wanted, and returns what acc is
-// multiplied by. m, l: of the whole row.
+// Ends a row: writes its lse (and, kLow, what that rounds away) where wanted, and returns what acc
+// is multiplied by. m, l: of the whole row.
+template <bool kLow = true>
 __device__ __forceinline__ float finish_row(const Call& call, float m, float l, bool inside, int h,
                                             float* lse, float* lse_lo) {
   const AttentionParams& p = call.p;
@@ -200,7 +201,8 @@ __device__ __forceinline__ float finish_row(const Call& call, float m, float l, 
   if (!none) value = float(top * double(call.unit) + log2_l * kLn2);
   const double shown = double(lse_in_units(value, call.unit));
   if (lse) *lse = value;
-  if (lse_lo) *lse_lo = none ? 0.f : float(log2_l + (top - shown) * double(call.c));
+  if constexpr (kLow)
+    if (lse) *lse_lo = none ? 0.f : float(log2_l + (top - shown) * double(call.c));
   return none ? 0.f : factor * call.keep_scale / l;
 }
 

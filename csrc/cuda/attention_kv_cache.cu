@@ -60,11 +60,10 @@ struct Config {
   static constexpr int kShared = kTileBytes + int(sizeof(Shared));
 };
 
-// ---- tiles
-// ---------------------------------------------------------------------------------------
+// ---- tiles -------------------------------------------------------------------------------------
 
-// Keys [begin, end) of a block, [first, last] its rows' queries. Of a sequence without new rows, or
-// whose new rows lie in the cache already, `old` is its end.
+// Keys [begin, end) of a block. Those below `old` lie in the cache: all of a sequence without new
+// rows, or whose new rows were appended before.
 struct Keys {
   int begin, end, old;
 };
@@ -155,8 +154,7 @@ __device__ __forceinline__ void copy_q_in(unsigned char* s_q, const CacheCall& c
   }
 }
 
-// ---- the end
-// -------------------------------------------------------------------------------------
+// ---- the end -----------------------------------------------------------------------------------
 
 // A thread a row: what its warps' parts weigh, and the row's m and l, or lse.
 template <class C>
@@ -183,7 +181,7 @@ __device__ __forceinline__ void finish_rows(const CacheCall& c, const Work& work
   } else {
     float* const lse = p.lse + first_row_of(p, work.b, h, 0) + i;
     shared->factor[in_tile] =
-        finish_row(c.call, m, l, i < s.q_len && i + s.shift >= 0, h, lse, nullptr);
+        finish_row<false>(c.call, m, l, i < s.q_len && i + s.shift >= 0, h, lse, nullptr);
   }
 }
 
@@ -231,8 +229,7 @@ __device__ __forceinline__ void write_rows(const CacheCall& c, const Work& work,
   }
 }
 
-// ---- the kernels
-// ---------------------------------------------------------------------------------
+// ---- the kernels -------------------------------------------------------------------------------
 
 // Logits with their features, and what a row does not see hidden; x: 16 rows of a warp from packed
 // row `row` on, keys from `key` on, both the lane's.
@@ -362,8 +359,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
   attend<C>(c);
 }
 
-// ---- launch
-// --------------------------------------------------------------------------------------
+// ---- launch ------------------------------------------------------------------------------------
 
 template <class C>
 constexpr VariantInfo info(const char* kernel, DType dtype) {

@@ -42,8 +42,7 @@ Launch launch_kv_merge(const CacheCall& c, cudaStream_t stream);
 int list_kv_append(VariantInfo* out, int capacity);
 int list_kv_merge(VariantInfo* out, int capacity);
 
-// ---- where a sequence's keys lie
-// -----------------------------------------------------------------
+// ---- where a sequence's keys lie ---------------------------------------------------------------
 
 struct CachedSequence {
   int cached;  // keys in the cache before the call
@@ -100,8 +99,7 @@ struct CacheRows {
   }
 };
 
-// ---- rows in chunks of 16 bytes
-// ------------------------------------------------------------------
+// ---- rows in chunks of 16 bytes ----------------------------------------------------------------
 
 // How the row of one position turns; cos null = not at all.
 struct Turn {

@@ -61,8 +61,9 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const bool writes = lane_id() == 0;
-  const float factor = finish_row(c.call, m, l, i < s.q_len && i + s.shift >= 0, h,
-                                  writes ? p.lse + first_row_of(p, b, h, 0) + i : nullptr, nullptr);
+  const float factor =
+      finish_row<false>(c.call, m, l, i < s.q_len && i + s.shift >= 0, h,
+                        writes ? p.lse + first_row_of(p, b, h, 0) + i : nullptr, nullptr);
   T* const o = rows_of<T>(p.o, b, h, i, p.Dv, false).base;
 #pragma unroll
   for (int n = 0; n < kGroups; ++n) {
