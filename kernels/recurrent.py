@@ -118,7 +118,11 @@ def whole_sequence(cell: int, H: int, projected: bool, dtype: torch.dtype, famil
     It then makes a step in about 1 to 2 us (an estimate: 128 KB of weights from shared memory at
     128 bytes a clock are 1024 clocks, as many as an A100's tensor cores need for 16 x 128 x 512,
     and the gates as long again), where a step of its own is a launch. It uses D B / 16 SMs,
-    though; with B in the thousands that is all of them."""
+    though; with B in the thousands that is all of them. fp32 products have their operands in
+    registers: of 128 units ptxas spills (an RNN's forward on sm_80: 717 instructions with 16 warps,
+    more with fewer)."""
+    if dtype == torch.float32 and _width(H) > 64:
+        return False
     return not projected and GATES[cell] * _width(H) ** 2 * dtype.itemsize <= _WEIGHTS[family]
 
 

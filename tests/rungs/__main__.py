@@ -25,17 +25,19 @@ def main() -> None:
 def budgets(
     write: Annotated[bool, typer.Option(help="Make budgets.json what they take now.")] = False,
     full: Annotated[bool, typer.Option(help="Every row, or the sample of make verify.")] = True,
-    arch: Annotated[list[str] | None, typer.Option(help="Only these; nothing is written.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
+    new: Annotated[bool, typer.Option(help="Only rows that budgets.json has not.")] = False,
 ) -> None:
     """What each kernel takes on each architecture, against budgets.json."""
     from rungs import budget
     from rungs.aot import Figures
 
     rows = budget.sample() + (budget.full() if full else [])
+    old, bad = budget.read(), 0
     rows = [row for row in rows if not arch or row.arch in arch]
+    rows = [row for row in rows if not new or row.name not in old.get(row.arch, {})]
     found: dict[str, dict[str, Figures]] = {}
     table = Table("arch", "kernel", "registers", "spills", "shared", "mma", "what is wrong")
-    old, bad = budget.read(), 0
     for row, now in zip(rows, budget.measure(rows), strict=True):
         if row.name in found.get(row.arch, {}):
             continue
@@ -51,8 +53,8 @@ def budgets(
         figures = (now.registers, now.spills, now.shared, now.mma)
         table.add_row(row.arch, row.name, *map(str, figures), "; ".join(wrong))
     Console(width=150).print(table)
-    if write and not arch:
-        if not full:  # the other rows stay as they are
+    if write:
+        if arch or new or not full:  # the other rows stay as they are
             found = {a: {**old.get(a, {}), **found.get(a, {})} for a in {*old, *found}}
         budget.write(found)
         print(f"wrote {budget.FILE.name}: {sum(map(len, found.values()))} rows")

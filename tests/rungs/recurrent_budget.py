@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from recurrent_calls import GRU, LSTM, RNN_TANH, run
-from recurrent_calls import call as make
+from recurrence_calls import GRU, LSTM, RNN_TANH, run
+from recurrence_calls import call as make
 
 from fastattn.kernels import recurrent as kernels
 

@@ -172,6 +172,8 @@ def test_which_tier_is_taken() -> None:
     assert whole(256, RNN_TANH)
     assert whole(64, dtype=F32)
     assert not whole(65, dtype=F32)
+    assert whole(64, RNN_TANH, dtype=F32)
+    assert not whole(65, RNN_TANH, dtype=F32)  # its weights would fit
     assert not whole(128, family="sm86")
     assert whole(64, family="sm120")
     assert not whole(128, family="gfx9")
