@@ -129,7 +129,7 @@ def test_regressions_are_measured_twice_and_named(
     assert regress.check([*found], record["rows"], 1.0) == ["attention/a", "models/e"]
     assert calls == ["attention/a"] * 2 + ["attention/b"] * 2 + ["models/e"]
     assert "REGRESSED" in capsys.readouterr().out
-    here = {"cpu": "Y", "threads": 2}
+    here = {"cpu": "Y", "isa": "avx2", "threads": 2}
     assert regress.other_machine(record["environment"], here) == ["cpu X there, Y here"]
 
 
