@@ -116,6 +116,8 @@ MUTATIONS = (
     Mutation("dk_row_block", GRAD_ENGINE, "q_.ptr + r0 * q_.stride", "q_.ptr"),
     Mutation("dv_row_block", GRAD_ENGINE, "do_.ptr + r0 * do_.stride", "do_.ptr"),
     Mutation("gemm_second_chunk", GEMM, "B + k0 * b.k", "B"),
+    Mutation("gemm_not_added_up", GEMM, "c[r][v] += load(C + r * ldc + v * W);",
+             "c[r][v] += vf{};"),
     Mutation("gemm_row_tail", GEMM, "if (m & 2)", "if (false)"),
     Mutation("exp2_coefficient", SIMD, "0.240226468906279f", "0.2402f"),
     Mutation("log2_coefficient", SIMD, "3.3333331174e-1f", "3.33e-1f"),
