@@ -40,12 +40,25 @@ def _results(module: Any, inputs: tuple[Any, ...], cast: Cast = as_is) -> dict[s
     leaves = {f"input{i}": x for i, x in enumerate(made) if x.requires_grad}
     leaves |= dict(module.named_parameters())
     y = _first(module(*made))
-    gen = torch.Generator().manual_seed(7)
-    up = torch.randn(y.shape, generator=gen).to(y.dtype)
     grads = torch.autograd.grad(
-        y, [*leaves.values()], up, allow_unused=True, materialize_grads=True
+        y, [*leaves.values()], _upstream(y), allow_unused=True, materialize_grads=True
     )
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)}}
+
+
+def _upstream(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+
+
+def _reaches(stock: Any, inputs: tuple[Any, ...], y: Tensor) -> float:
+    """What a norm multiplies before it takes the difference: upstream, weight, 1 / deviation."""
+    if not isinstance(stock, torch.nn.LayerNorm | torch.nn.RMSNorm) or not y.numel():
+        return 0.0
+    x = inputs[0].detach().double()
+    x = x - x.mean(-1, keepdim=True) if isinstance(stock, torch.nn.LayerNorm) else x
+    rstd = (x.square().mean(-1, keepdim=True) + (stock.eps or 0.0)).rsqrt()
+    weight = 1.0 if stock.weight is None else stock.weight.detach().double()
+    return float((_upstream(y).double() * weight * rstd).abs().max())
 
 
 def _judge(fused: Any, stock: Any, inputs: tuple[Any, ...]) -> None:
@@ -56,9 +69,9 @@ def _judge(fused: Any, stock: Any, inputs: tuple[Any, ...]) -> None:
     plain = Draws(lambda cast: _results(stock, inputs, cast))
     # What a softmax or a norm passes back is a difference of terms as large as what reaches it, and
     # may be 0 (one key, one feature), in one of the two ways to form it exactly.
-    largest = max(
-        (float(x.abs().max()) for n, x in right.items() if n != "y" and x.numel()), default=0
-    )
+    gradients = [x for n, x in right.items() if n != "y" and x.numel()]
+    largest = max(float(x.abs().max()) for x in gradients) if gradients else 0.0
+    largest = max(largest, _reaches(stock, inputs, right["y"]))
     for n, x in right.items():
         assert_within(n, got[n], x, plain[n], 0.0 if n == "y" else unit(torch.float32) * largest)
 
