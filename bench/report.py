@@ -141,6 +141,10 @@ def _where(part: dict[str, Any]) -> str:
     env, rows = part["environment"], part["rows"]
     cpu = f"{env['cpu']}, {env['isa']}, {env['threads']} threads"
     text = f"{cpu}, torch {env['torch']}, {env['date']}."
+    if "sizes" in rows:  # the points of the curves
+        rows = [
+            p for part in ("sizes", "threads") for series in rows[part].values() for p in series
+        ]
     if isinstance(rows, list):
         busy = sum(r["load"] > env["threads"] + 1 for r in rows)
         if busy:
