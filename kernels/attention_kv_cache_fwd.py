@@ -132,6 +132,15 @@ def load_rotated(
     return x
 
 
+@triton.jit
+def within(keys, nearest, limit, window_left):
+    """The keys to load: those left of the first row's window count as beyond ``limit``. A tile
+    begins left of it, and what lies there (NaN) would leak through 0 * NaN."""
+    if window_left is not None:
+        keys = tl.where(keys >= nearest, keys, limit)
+    return keys
+
+
 # ---- softmax -----------------------------------------------------------------------------------
 
 
@@ -268,6 +277,9 @@ def cached_attention_kernel(
     lo, hi, full_lo, full_hi = key_range(
         i_first, i_last, q_len, total, shift, window_left, window_right, CAUSAL, BLOCK_N
     )
+    nearest = 0
+    if window_left is not None:
+        nearest = i_first + shift - window_left
     cached_hi = tl.minimum(hi, cached)
     share = tl.cdiv(tl.cdiv(tl.maximum(cached_hi - lo, 0), BLOCK_N), splits) * BLOCK_N
 
@@ -286,8 +298,9 @@ def cached_attention_kernel(
         v_at = (at * stride_vc[0] + slots * stride_vc[2])[:, None]
         k_at = k_at + dims[None, :].to(tl.int64) * stride_kc[3]
         v_at = v_at + dims_v[None, :].to(tl.int64) * stride_vc[3]
-        k = load_rows(kc_base + k_at, keys, cached, dims, D, BLOCK_D)
-        v = load_rows(vc_base + v_at, keys, cached, dims_v, Dv, BLOCK_DV)
+        near = within(keys, nearest, cached, window_left)
+        k = load_rows(kc_base + k_at, near, cached, dims, D, BLOCK_D)
+        v = load_rows(vc_base + v_at, near, cached, dims_v, Dv, BLOCK_DV)
         m, l, acc = fold(  # noqa: E741
             m, l, acc, q, k, v, i[:, None], j0, keys, cached, q_len, total, shift, full_lo, full_hi,
             window_left, window_right, mask_ptr, mask_at, stride_mask, slope, scale, c, softcap,
@@ -303,12 +316,13 @@ def cached_attention_kernel(
         ):  # fmt: skip
             t = t0 + tl.arange(0, BLOCK_NEW)
             keys = cached + t
+            near = within(keys, nearest, total, window_left)
             k = load_rotated(
-                k_ptr, k_base + t.to(tl.int64) * stride_k[2], stride_k[3], keys < total, keys,
+                k_ptr, k_base + t.to(tl.int64) * stride_k[2], stride_k[3], near < total, keys,
                 cos_ptr, sin_ptr, positions, R, INTERLEAVED, D, BLOCK_D,
             )  # fmt: skip
             v_at = offsets(t, stride_v[2], dims_v, stride_v[3])
-            v = load_rows(v_base + v_at, keys, total, dims_v, Dv, BLOCK_DV)
+            v = load_rows(v_base + v_at, near, total, dims_v, Dv, BLOCK_DV)
             m, l, acc = fold(  # noqa: E741
                 m, l, acc, q, k, v, i[:, None], cached + t0, keys, total, q_len, total, shift,
                 full_lo, full_hi, window_left, window_right, mask_ptr, mask_at, stride_mask, slope,

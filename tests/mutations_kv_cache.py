@@ -42,6 +42,10 @@ MUTATIONS = (
              " v[t] = v[n - 1];", "for (int64_t t = n; t < n_padded; ++t) k[t] = k[0], v[t] = v[0];"
              " if (n > 1) k[n - 1] = k[n - 2];"),
     Mutation("rows_of_the_first_four", ENGINE, "dots<T, 4>(t, r, S)", "dots<T, 4>(t, 0, S)"),
+    Mutation("one_row_against_the_first_key", ENGINE, "(keys_.k[t + x + i]),",
+             "(keys_.k[t + x]),"),
+    Mutation("tail_of_one_row_lost", ENGINE, "if (d == D) return; const vf qv",
+             "return; const vf qv"),
     Mutation("tail_of_q_k_lost", ENGINE, "if (d == D) return; const vf kv",
              "return; const vf kv"),
     Mutation("columns_beyond_a_vector_lost", ENGINE, "if (c < Dv) product<T, R, 0>", "if (false)"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 EPS32 = torch.finfo(torch.float32).eps
-DRAWS = 64  # see `Draws`
+DRAWS = 64  # of a random call, see `Draws`
 
 
 @contextmanager
@@ -34,18 +34,33 @@ def as_is(x: Tensor) -> Tensor:
     return x
 
 
-class Draws:
-    """Plain PyTorch's results of a call, by name, drawn until the error is known.
+_many = False
 
-    That error is a matter of chance: of one element it may be 0. So it is the largest of DRAWS: the
-    call itself, then the call on inputs a unit in the last place off, which are rounded anew, and
-    whose error is added to the call's exact result. A single element of a kernel that is as good as
-    plain PyTorch exceeds twice the largest of 64 normal errors once in 65 000 times, twice one
-    error every third time (test_rule.py). A draw only widens the limit, so none is made once an
+
+@contextmanager
+def many_draws() -> Iterator[None]:
+    """For random calls (tests/fuzz), thousands of which have a result of one element."""
+    global _many
+    before, _many = _many, True
+    try:
+        yield
+    finally:
+        _many = before
+
+
+class Draws:
+    """Plain PyTorch's results of a call, by name: of the call itself, then in other orders of its
+    sums. Under `many_draws` more are drawn until the error is known.
+
+    That error is a matter of chance: of one element it may be 0. So it is the largest of DRAWS
+    then: those above, and the call on inputs a unit in the last place off, which are rounded anew,
+    and whose error is added to the call's exact result. A single element of a kernel that is as
+    good as plain PyTorch exceeds twice the largest of 64 normal errors once in 65 000 times, twice
+    one error every third time (test_rule.py). A draw only widens the limit, so none is made once an
     error is within.
 
     run: the results by plain PyTorch, on the call's tensors each passed through the argument, in
-    one order. orders: further results, the same sums in other orders.
+    one order. orders: further results, such as the same sums in other orders.
     """
 
     def __init__(
@@ -54,6 +69,7 @@ class Draws:
         *orders: Callable[[], dict[str, Tensor]],
     ) -> None:
         self._run, self._orders = run, orders
+        self._fewest = 1 + len(orders)
         self._made: list[dict[str, Tensor]] = []
         self._exact: dict[str, Tensor] = {}
 
@@ -61,7 +77,7 @@ class Draws:
         return name in self._draw(0)
 
     def __getitem__(self, name: str) -> Iterator[Tensor]:
-        return (self._draw(i)[name] for i in range(DRAWS))
+        return (self._draw(i)[name] for i in range(max(self._fewest, DRAWS * _many)))
 
     def _draw(self, i: int) -> dict[str, Tensor]:
         if i == len(self._made):

@@ -201,3 +201,22 @@ def test_float64_is_the_reference() -> None:
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: fastattn.add_layer_norm(x, x.sin()), (x,))
     assert torch.autograd.gradcheck(lambda x: fastattn.rms_norm(x, 8), (x,))
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype, isa: str) -> None:
+    """Bit by bit: ties, what rounds up to infinity, subnormals, signed zeros, NaN."""
+    info = torch.finfo(dtype)
+    special = torch.tensor([0.0, -0.0, info.max, info.min, info.tiny, -info.tiny, info.tiny / 8,
+                            torch.inf, -torch.inf, torch.nan, 1.0, 1 + info.eps])  # fmt: skip
+    every = torch.randn(37, 67).mul(torch.randn(37, 67).mul(4).exp())
+    every[:24, :12] = special.repeat(24, 1)
+    x, residual = every.to(dtype), every.flip(0).roll(1, 1).mul(info.eps * 1.5).to(dtype)
+    residual[:12, :12] = special[:, None].expand(12, 12).to(dtype)
+    with force_cpu_isa(isa):
+        s = fastattn.add_layer_norm(x, residual, backend="cpu")[1]
+    right = (x.float() + residual.float()).to(dtype)
+    assert torch.equal(s.isnan(), right.isnan())
+    number = ~right.isnan()
+    assert torch.equal(s.view(torch.int16)[number], right.view(torch.int16)[number])

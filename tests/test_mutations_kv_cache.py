@@ -29,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
         "feature": "plain", "lens": (1100, 9), "capacity": 1300, "d": 8, "h": 2, "hk": 1, "sq": 30,
         "page_size": 300,
     },
+    "one_row": {"feature": "plain", "lens": (300, 5), "capacity": 310, "d": 11, "h": 2, "hk": 2,
+                "sq": 1},
     "one_item": {
         "feature": "plain", "lens": (1100,), "capacity": 30000, "d": 8, "h": 2, "hk": 1, "sq": 30,
     },

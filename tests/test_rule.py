@@ -6,7 +6,7 @@ from functools import reduce
 
 import pytest
 import torch
-from rule import DRAWS, Cast, Draws, _nudged, as_is, assert_within, unit
+from rule import DRAWS, Cast, Draws, _nudged, as_is, assert_within, many_draws, unit
 from torch import Tensor
 
 
@@ -46,10 +46,17 @@ def test_one_element_that_plain_pytorch_has_right_by_luck(dtype: torch.dtype) ->
     with pytest.raises(AssertionError, match="the worst of 1"):
         assert_within("y", got, right, [plain])
     draws = Draws(dot(x, w))
+    with pytest.raises(AssertionError, match="the worst of 1"):
+        assert_within("y", got, right, draws["y"])
+    with many_draws():
+        judged_by_many(got, right, draws, floor)
+
+
+def judged_by_many(got: Tensor, right: Tensor, draws: Draws, floor: Tensor) -> None:
     assert_within("y", got, right, draws["y"])
     typical = max(float((y.double() - right).abs()) for y in draws["y"])
     with pytest.raises(AssertionError, match=f"the worst of {DRAWS}"):
-        assert_within("y", (right + 3 * typical + 2 * floor).to(dtype), right, draws["y"])
+        assert_within("y", (right + 3 * typical + 2 * floor).to(got.dtype), right, draws["y"])
 
 
 def test_no_draw_more_than_is_needed() -> None:
@@ -68,7 +75,9 @@ def test_no_draw_more_than_is_needed() -> None:
 
 def test_an_order_of_its_own_is_drawn_before_neighbours() -> None:
     draws = Draws(lambda cast: {"y": cast(torch.zeros(1))}, lambda: {"y": torch.ones(1)})
-    found = [float(y) for y in draws["y"]]
+    assert [float(y) for y in draws["y"]] == [0.0, 1.0]
+    with many_draws():
+        found = [float(y) for y in draws["y"]]
     assert len(found) == DRAWS
     assert found[:2] == [0.0, 1.0]
     assert not any(found[2:])

@@ -71,6 +71,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "cache_ragged": _ragged,
     "cache_index": lambda: make((61, 7), sn=2, capacity=70, d=16, cache_index=(4, 1), entries=5),
     "cache_window": lambda: make((80, 7), sq=3, capacity=90, d=16, window=(21, None)),
+    "cache_beside_window": lambda: make((60, 41), capacity=70, d=16, window=(20, 0)),
     "cache_everything": lambda: featured(
         "everything", lens=(57, 7), new_lens=(3, 2), capacity=72, page_size=12, d=20, dv=17
     ),
@@ -90,8 +91,20 @@ def check(name: str) -> None:
     with mock.patch.object(kernels, "_MERGED_AT_ONCE", 2):  # so few have splits to spare
         if name.startswith("cache_wild"):
             wild(name)
+        elif name == "cache_beside_window":
+            beside_window(case_named(name))
         else:
             case_named(name).judge("triton")
+
+
+def beside_window(call: Call) -> None:
+    """What lies left of the only row's window is not used, whatever it is."""
+    right = call.run("triton")["o"]
+    for cache in CACHES:
+        for b, cached in enumerate(call.tensors["cache_lens"].tolist()):
+            call.tensors[cache][b, :, : cached - 20] = torch.nan
+    if not torch.equal(call.run("triton")["o"], right):
+        raise AssertionError("keys left of the window are used")
 
 
 def wild(name: str) -> None:

@@ -171,6 +171,21 @@ def test_keys_outside_a_window_are_not_read() -> None:
     assert dots(window=(20, None)) <= 2 * 3
 
 
+@pytest.mark.parametrize("sn", [0, 1, 40])
+def test_what_lies_left_of_a_window_stays_there(sn: int) -> None:
+    """In the tile that the window begins in too, of cached keys and of new ones."""
+    call = make((60, 41), sq=1, sn=sn, capacity=110, d=16, window=(20, 0))
+    right = call.run("triton")["o"]
+    for b, cached in enumerate((60, 41)):
+        first = cached + sn - 1 - 20
+        for cache, new in (("k_cache", "k"), ("v_cache", "v")):
+            call.tensors[cache][b, :, : min(first, cached)] = torch.nan
+            if sn:
+                call.tensors[new][b, :, : max(first - cached, 0)] = torch.nan
+    assert right.isfinite().all()
+    assert torch.equal(call.run("triton")["o"], right)
+
+
 # ---- refusals and the first use ------------------------------------------------------------------
 
 
