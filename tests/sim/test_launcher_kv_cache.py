@@ -121,8 +121,8 @@ def test_a_direct_call_stays_inside_its_tensors(gpu: Device) -> None:
         "cos and sin must be given together": {"cos": x(9, 4)},
         "mask must be bool": {"mask": x(24)},
         "mask dimension 0 must be 1 or 24": {"mask": torch.ones(23, dtype=torch.bool)},
-        "alibi_slopes must have shape": {"alibi_slopes": x(5)},
-        "sinks must have shape": {"sinks": x(1)},
+        "alibi_slopes must be floats of shape": {"alibi_slopes": x(5)},
+        "sinks must be floats of shape": {"sinks": x(1)},
     }
     for words, change in wrong.items():
         with pytest.raises((RuntimeError, ValueError), match=rf"fastattn::attention.*{words}"):
