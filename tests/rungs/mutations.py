@@ -285,8 +285,8 @@ MUTATIONS = (
              "the products leave the tensor cores", "budget:rec_step", "rec_rnn_steps"),
     # ---- attention over a KV cache
     Mutation("cache_reads_what_is_appended", CACHE,
-             "k = load_rows(kc_base + k_at, keys, cached, dims",
-             "k = load_rows(kc_base + k_at, keys, total, dims",
+             "k = load_rows(kc_base + k_at, near, cached, dims",
+             "k = load_rows(kc_base + k_at, near, total, dims",
              "readers meet the append in the cache", "ttsem:cache_decode"),
     Mutation("cache_not_appended", CACHE, "program * BLOCK_NEW, total - cached,",
              "(program + 1) * BLOCK_NEW, total - cached,", "a few new rows are not written",
