@@ -195,6 +195,7 @@ setup(
                 "csrc/bindings/layernorm.cpp",
                 "csrc/bindings/layernorm_ffn.cpp",
                 "csrc/bindings/linear_cross_entropy.cpp",
+                "csrc/bindings/products.cpp",
                 "csrc/bindings/recurrent.cpp",
                 "csrc/bindings/recurrent_step.cpp",
                 "csrc/cpu/isa.cpp",

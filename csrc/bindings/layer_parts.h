@@ -1,26 +1,10 @@
 // What the ops of whole layers are made of beside kernels: other ops, called from C++.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
-#include <array>
-
-#include "row_args.h"
+#include "dispatcher.h"
+#include "products.h"
 
 namespace fastattn::binding {
-
-// Calls an op of the dispatcher; the stack holds its arguments before and its results afterwards.
-template <size_t kSize>
-void call(const char* op, std::array<StableIValue, kSize>& stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-}
-
-inline Tensor linear(const Tensor& x, const Tensor& w, const Opt& b) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(w), from(b)};
-  call("aten::linear", stack);
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // A feed-forward block with its norm; without dropout.
 struct Ffn {

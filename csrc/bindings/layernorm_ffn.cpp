@@ -11,7 +11,7 @@
 #include <array>
 #include <tuple>
 
-#include "row_args.h"
+#include "products.h"
 
 namespace {
 
@@ -23,14 +23,6 @@ constexpr uint32_t kHiddenSite = 1, kOutputSite = 2;
 constexpr int64_t kRows = 512;
 
 enum Save : int64_t { kSaveStats = 1, kSaveU = 2, kSaveA = 4 };
-
-Tensor mm(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 Tensor rows_from(const Tensor& x, int64_t m, int64_t n, int64_t N) {
   return view2(x, n, N, N, 1, m * N);
@@ -210,12 +202,12 @@ void by_library(const Call& c, const Saved& saved, const Tensor& y) {
       in = rows_from(xn, 0, rows, c.D);
     }
     const Tensor u = here(saved.u, u_part, c.F), a = here(saved.a, a_part, c.F);
-    mm(in, w1t, u);
+    product(in, w1t, u);
     ActParams act;
     act.M = rows, act.N = c.F, act.u = rows_of(u, c.F, c.dtype);
     if (c.w_gate) {
       const Tensor g = here(saved.g, g_part, c.F);
-      mm(in, transposed(*c.w_gate), g);
+      product(in, transposed(*c.w_gate), g);
       act.g = rows_of(g, c.F, c.dtype);
     }
     act.bias = c.b1_v, act.gate_bias = c.b_gate_v, act.act = c.act;
@@ -223,7 +215,7 @@ void by_library(const Call& c, const Saved& saved, const Tensor& y) {
     act.a = rows_of(a, c.F, c.dtype);
     act_forward(act, parallel);
     const Tensor z = rows_from(z_part, 0, rows, c.Dout);
-    mm(a, w2t, z);
+    product(a, w2t, z);
     NormParams p = c.after(m, rows);
     if (!c.n.pre_norm) set_stats(p, saved, m);
     p.x = rows_of(z, c.Dout, c.dtype);
@@ -338,10 +330,10 @@ class Backward {
     u_ = saved_.u, g_ = saved_.g, a_ = saved_.a;
     if (u_.numel() || !wants_u()) return;
     u_ = empty({c.M, c.F}, c.dtype);
-    mm(xn_, transposed(c.w1), u_);
+    product(xn_, transposed(c.w1), u_);
     if (!c.w_gate) return;
     g_ = empty({c.M, c.F}, c.dtype);
-    mm(xn_, transposed(*c.w_gate), g_);
+    product(xn_, transposed(*c.w_gate), g_);
   }
 
   // From dy to dz, the gradient of the second GEMM's result, and ds, that of the residual sum.
@@ -376,7 +368,7 @@ class Backward {
   // du (and dg) from da = dz W2; a again where it is not saved.
   void act() {
     da_ = empty({c.M, c.F}, c.dtype);
-    mm(dz_, c.w2, da_);
+    product(dz_, c.w2, da_);
     ActGrads g;
     g.M = c.M, g.N = c.F, g.u = rows_of(u_, c.F, c.dtype), g.g = rows_of(g_, c.F, c.dtype);
     g.da = rows_of(da_, c.F, c.dtype);
@@ -408,7 +400,7 @@ class Backward {
   // (out, in) = d^T in, in the weights' dtype.
   Tensor weight_grad(const Tensor& d, const Tensor& in, int64_t out, int64_t columns) {
     Tensor dw = empty({out, columns}, c.dtype);
-    return mm(transposed(d), in, dw);
+    return product(transposed(d), in, dw);
   }
   void weights_of_first() {
     if (need_ & kDw1) r.dw1 = weight_grad(da_, xn_, c.F, c.D);
@@ -418,10 +410,10 @@ class Backward {
   // From du to dx, and the parameters of a norm in front.
   void front() {
     Tensor dxn = empty({c.M, c.D}, c.dtype);
-    mm(da_, c.w1, dxn);
+    product(da_, c.w1, dxn);
     if (c.w_gate) {
       Tensor more = empty({c.M, c.D}, c.dtype);
-      mm(dg_, *c.w_gate, more);
+      product(dg_, *c.w_gate, more);
       NormParams add;
       add.M = c.M, add.N = c.D, add.x = rows_of(dxn, c.D, c.dtype);
       add.residual = rows_of(more, c.D, c.dtype), add.y = add.x;

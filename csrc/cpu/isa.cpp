@@ -56,6 +56,14 @@ unsigned detect() {
 unsigned detect() { return 1u << int(Isa::kPortable); }
 #endif
 
+#if defined(__x86_64__)
+bool amd_with_bf16() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != 0x68747541) return false;  // "Auth"enticAMD
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
 std::atomic<int>& forced() {
   static std::atomic<int> value{-1};
   return value;
@@ -77,6 +85,15 @@ Isa current_isa() {
     return i;
   }();
   return Isa(best);
+}
+
+bool fp32_multiplies_faster() {
+#if defined(__x86_64__)
+  static const bool amd = amd_with_bf16();
+  return !amd && current_isa() != Isa::kAmx;
+#else
+  return false;
+#endif
 }
 
 bool force_isa(Isa isa) {

@@ -1,5 +1,6 @@
 #include "layernorm_ffn.h"
 
+#include "cast.h"
 #include "few_tokens.h"
 #include "isa.h"
 #include "linear_cross_entropy.h"
@@ -26,6 +27,9 @@ void ffn_forward(const FfnParams& p, const Parallel& parallel) {
 bool few_tokens_serve(int64_t M) { FASTATTN_DISPATCH(few_tokens_serve(M)); }
 void few_tokens_products(const FewTokensParams& p, const Parallel& parallel) {
   FASTATTN_DISPATCH(few_tokens_products(p, parallel));
+}
+void cast_rows(const CastParams& p, const Parallel& parallel) {
+  FASTATTN_DISPATCH(cast_rows(p, parallel));
 }
 void cross_entropy(const CrossEntropyParams& p, const Parallel& parallel) {
   FASTATTN_DISPATCH(cross_entropy(p, parallel));

@@ -1,6 +1,7 @@
 #define FASTATTN_ISA avx512
 #define FASTATTN_LEVEL 2
 #if defined(__x86_64__)
+#include "cast.h"
 #include "few_tokens.h"
 #include "linear_cross_entropy.h"
 #include "target_begin.h"

@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "layernorm_rows.h"
 #include "bias_act.h"
+#include "cast_rows.h"
 #include "cross_entropy_rows.h"
 #include "few_tokens_rows.h"
 #include "ffn_few_tokens.h"

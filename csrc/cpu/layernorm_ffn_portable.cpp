@@ -1,6 +1,7 @@
 #define FASTATTN_ISA portable
 #define FASTATTN_LEVEL 0
 
+#include "cast.h"
 #include "few_tokens.h"
 #include "linear_cross_entropy.h"
 #include "target_begin.h"

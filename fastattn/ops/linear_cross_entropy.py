@@ -31,6 +31,7 @@ from fastattn.ops._eager import (
 )
 from fastattn.ops.attention_checks import fail
 from fastattn.ops.layernorm_op import lib
+from fastattn.ops.products import mm
 
 _NAME = "linear_cross_entropy"
 _CHUNK = 32 << 20  # bytes of logits: they stay in a large L3
@@ -119,7 +120,7 @@ class _Pass:
         for i in range(0, n, step):
             at = self.kept[i : i + step]
             rows, here = self.x[at], logits[: at.numel()]
-            torch.mm(rows, self.w.t(), out=here)
+            mm(rows, self.w.t(), out=here)
             of_rows = None if scale is None else scale[at].float()
             self.losses[at], db = _rows(
                 here, self.bias, self.target[i : i + step], of_rows, share, self.smoothing,
@@ -133,15 +134,15 @@ class _Pass:
         if db.numel():
             self.db = self.db + db if self.db.numel() else db
         if self.dx.numel():
-            self.dx[at] = d @ self.w
+            self.dx[at] = mm(d, self.w)
         if not self.need & _DW:
             return
         if first:
-            self.dw = (d.t() @ rows).float()
+            self.dw = mm(d.t(), rows).float()
         elif rows.dtype == torch.float32:
             self.dw.addmm_(d.t(), rows)
         else:
-            self.dw += d.t() @ rows
+            self.dw += mm(d.t(), rows)
 
     def gradients(self, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
         need, bias, weight = self.need, self.bias, self.weight

@@ -27,6 +27,7 @@ from fastattn.ops._eager import (
     wants_grad,
 )
 from fastattn.ops.layernorm_op import lib
+from fastattn.ops.products import addmm_, mm
 from fastattn.reference import recurrent as reference
 from fastattn.reference.recurrent import GATES, GRU, LSTM
 
@@ -123,7 +124,7 @@ def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
     for d, w in enumerate(layer.weights):
         if not w[0].shape[0] == w[1].shape[0] == gx.shape[2]:  # `out` would be resized
             raise ValueError("fastattn::recurrent_layer_fwd: w_ih and w_hh must have G H rows")
-        torch.mm(x, w[0].t(), out=gx[d])
+        mm(x, w[0].t(), out=gx[d])
     gh = _one_step(layer, steps)
     y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
         gx, gh, *layer.both(1), *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0,
@@ -235,7 +236,7 @@ def _weight_gradients(
     for d, (_, w_hh, b_ih, b_hh, w_hr) in enumerate(layer.weights):
         first = 1 + 5 * d
         d_n = dghn[d] if steps.cell == GRU else None
-        found.append(dgx[d].t() @ layer.x if wants(first) else None)
+        found.append(mm(dgx[d].t(), layer.x) if wants(first) else None)
         found.append(
             _hidden_gradient(before.pairs(d), w_hh, dgx[d], d_n) if wants(first + 1) else None
         )
@@ -249,7 +250,7 @@ def _weight_gradients(
             )
         found.append(of_h)
         if w_hr is not None and wants(first + 4):
-            found.append(dh[d].t() @ _projected(gates[d], cells[d], steps))
+            found.append(mm(dh[d].t(), _projected(gates[d], cells[d], steps)))
         else:
             found.append(None)
     return found + [None] * (10 - len(found))
@@ -275,9 +276,9 @@ def _hidden_gradient(
     )
     for to, gradient in parts:
         rows, h = pairs[0]
-        torch.mm(gradient[rows].t(), h, out=to)
+        mm(gradient[rows].t(), h, out=to)
         for rows, h in pairs[1:]:
-            to.addmm_(gradient[rows].t(), h)
+            addmm_(to, gradient[rows].t(), h)
     return out
 
 
@@ -296,8 +297,8 @@ def _bwd_impl(recurrence: Backward, *args: Any) -> tuple[Tensor, ...]:
         grads = [None if t is None else torch.zeros_like(t) for t in args[:11]] + [dh0, dc0]
         return _every(grads, layer, need)
     if wants(0):
-        dx = dgx[0] @ layer.weights[0][0]
-        grads[0] = dx if len(layer.weights) == 1 else dx.addmm_(dgx[1], layer.weights[1][0])
+        dx = mm(dgx[0], layer.weights[0][0])
+        grads[0] = dx if len(layer.weights) == 1 else addmm_(dx, dgx[1], layer.weights[1][0])
     grads[1:11] = _weight_gradients(wants, layer, steps, saved, dgx, dghn, dh)
     grads[11] = dh0 if wants(11) else None
     grads[12] = dc0 if wants(12) and layer.c0 is not None else None

@@ -1,0 +1,29 @@
+// bf16 matrices as fp32 ones and back: the torch-free interface.
+#pragma once
+
+#include "layernorm_ffn.h"
+
+namespace fastattn {
+
+// y = x + bias: bf16 from fp32, or fp32 from bf16. Elements of y are written once, and nothing
+// else.
+struct CastParams {
+  int64_t M = 0, N = 0;
+  Rows x;
+  Vec bias;  // (N,), may be absent
+  Rows y;    // result
+};
+
+void cast_rows(const CastParams& p, const Parallel& parallel);
+
+#define FASTATTN_DECLARE_ISA(isa)                                \
+  namespace isa {                                                \
+  void cast_rows(const CastParams& p, const Parallel& parallel); \
+  }
+FASTATTN_DECLARE_ISA(portable)
+FASTATTN_DECLARE_ISA(avx2)
+FASTATTN_DECLARE_ISA(avx512)
+FASTATTN_DECLARE_ISA(amx)
+#undef FASTATTN_DECLARE_ISA
+
+}  // namespace fastattn
