@@ -1,5 +1,6 @@
 // The CPU kernels of one op, of one instruction set (ISA): what its binding calls, for mutants of
-// test_mutations_op.py. STEP: those of recurrent_step.cpp; CACHE: those of decoder_layer.cpp; else
+// test_mutations_op.py. STEP: those of recurrent_step.cpp; CACHE: those of decoder_layer.cpp;
+// PRODUCTS: those of products.cpp; else
 // those of encoder_layer.cpp. The passes of a layer are compiled beside this.
 #ifdef STEP
 #define FASTATTN_ISA ISA
@@ -48,10 +49,12 @@ void recurrent_step_backward(const StepParams& p, const StepGrads& g, const Para
 #define FASTATTN_DISPATCH(call) return ISA::call
 #ifdef CACHE
 #include "attention_kv_cache.cpp"
-#else
+#elif !defined(PRODUCTS)
 #include "attention.cpp"
 #endif
 #include "layernorm_ffn.cpp"
+
+bool fastattn::fp32_multiplies_faster() { return true; }
 #endif
 
 #include "scratch.cpp"

@@ -159,3 +159,42 @@ DECODER_MUTATIONS = (
     Mutation("dropout_ignored", DECODING, "not (m.training and m.p)", "True"),
     Mutation("other_rotations_too", DECODING, "rotate.__module__ == home", "True"),
 )  # fmt: skip
+
+PRODUCTS, CAST = "../bindings/products.cpp", "cast_rows.h"
+PRODUCT_MUTATIONS = (
+    # ---- which block
+    Mutation("turned_as_it_lies", PRODUCTS, "p.x = turned_ ? from(n, m) : from(m, n);",
+             "p.x = from(m, n);"),
+    Mutation("turned_without_its_strides", PRODUCTS, "matrix(scratch, M, N, 1, M)",
+             "matrix(scratch, M, N, N, 1)"),
+    Mutation("a_of_the_first_depth", PRODUCTS, "a.block(m, rows, k, depth",
+             "a.block(m, rows, 0, depth"),
+    Mutation("a_of_the_first_rows", PRODUCTS, "a.block(m, rows, k, depth",
+             "a.block(0, rows, k, depth"),
+    Mutation("b_of_the_first_depth", PRODUCTS, "if (!right || k_step < K)", "if (!right)"),
+    Mutation("b_of_the_first_columns", PRODUCTS, "b.block(k, depth, n, columns",
+             "b.block(k, depth, 0, columns"),
+    Mutation("result_in_the_first_columns", PRODUCTS, "p.y = out.from(m, n);",
+             "p.y = out.from(m, 0);"),
+    Mutation("bias_of_the_first_columns", PRODUCTS, "+ n * bias_item", ""),
+    # ---- sums
+    Mutation("sums_begun_anew", PRODUCTS, "if (k || accumulate)", "if (accumulate)"),
+    Mutation("added_to_what_lay_there", PRODUCTS,
+             "accumulate ? out.block(m, rows, n, columns, sums, parallel) :"
+             " matrix(sums, rows, columns, columns, 1)",
+             "matrix(sums, rows, columns, columns, 1)"),
+    Mutation("not_accumulated", PRODUCTS, "widened(a, b, std::nullopt, out, true)",
+             "widened(a, b, std::nullopt, out, false)"),
+    # ---- what is served
+    Mutation("any_stride", PRODUCTS, "return x_.stride(turned_ ? 0 : 1) == 1 && rows_.stride > 0;",
+             "return true;"),
+    Mutation("turned_results", PRODUCTS, "|| result.turned()", ""),
+    Mutation("small_ones_too", PRODUCTS, "< kPasses", "< 99."),
+    # ---- the passes
+    Mutation("tail_lost", CAST, "if (t == n) return;", "return;"),
+    Mutation("tail_of_a_whole_vector", CAST, "size_t(n - t) * sizeof(To)", "W * sizeof(To)"),
+    Mutation("bias_of_the_tail_lost", CAST, "store(part, at(t, load_part(x + t, n - t)));",
+             "store(part, load_part(x + t, n - t));"),
+    Mutation("last_rows_lost", CAST, "std::min(p.M, (item + 1) * kStep)",
+             "std::min(p.M - 1, (item + 1) * kStep)"),
+)  # fmt: skip

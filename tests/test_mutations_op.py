@@ -28,7 +28,7 @@ from mutation_lab import (
     with_headers,
 )  # fmt: skip
 from mutations import Mutation, sample
-from mutations_op import DECODER_MUTATIONS, LAYER_MUTATIONS, STEP_MUTATIONS
+from mutations_op import DECODER_MUTATIONS, LAYER_MUTATIONS, PRODUCT_MUTATIONS, STEP_MUTATIONS
 
 from fastattn.backends import cpu_isas
 
@@ -51,14 +51,18 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, tuple[Mutation, ...]
         ("-DSTEP", "-DISA=portable"), "test_recurrent_step.py", STEP_MUTATIONS,
     ),
     "layer": (
-        ("../bindings/encoder_layer.cpp", f"attention_{_WIDEST}.cpp",
-         f"layernorm_ffn_{_WIDEST}.cpp"),
+        ("../bindings/encoder_layer.cpp", "../bindings/products.cpp",
+         f"attention_{_WIDEST}.cpp", f"layernorm_ffn_{_WIDEST}.cpp"),
         (f"-DISA={_WIDEST}",), "test_encoder_layer_op.py", LAYER_MUTATIONS,
     ),
     "decoder": (
-        ("../bindings/decoder_layer.cpp", f"attention_kv_cache_{_WIDEST}.cpp",
-         f"layernorm_ffn_{_WIDEST}.cpp"),
+        ("../bindings/decoder_layer.cpp", "../bindings/products.cpp",
+         f"attention_kv_cache_{_WIDEST}.cpp", f"layernorm_ffn_{_WIDEST}.cpp"),
         (f"-DISA={_WIDEST}", "-DCACHE"), "test_decoder_layer.py", DECODER_MUTATIONS,
+    ),
+    "products": (
+        ("../bindings/products.cpp", f"layernorm_ffn_{_WIDEST}.cpp"),
+        (f"-DISA={_WIDEST}", "-DPRODUCTS"), "test_products.py", PRODUCT_MUTATIONS,
     ),
 }  # fmt: skip
 EVERY = [m for *_, mutations in OPS.values() for m in mutations]

@@ -1,4 +1,5 @@
-// See products.h; and torch.ops.fastattn.product_cpu, product_cpu_out for the Python layer.
+// See products.h; and torch.ops.fastattn.{product_cpu, product_cpu_out, linear_cpu} for the Python
+// layer.
 
 #include "products.h"
 
@@ -183,6 +184,8 @@ void product_cpu_out(Tensor a, Tensor b, Tensor out, bool accumulate) {
     add_by_library(a, b, out);
 }
 
+Tensor linear_cpu(Tensor x, Tensor w, Opt bias) { return linear(x, w, bias); }
+
 }  // namespace
 
 Tensor product(const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -192,7 +195,8 @@ Tensor product(const Tensor& a, const Tensor& b, const Tensor& out) {
 Tensor linear(const Tensor& x, const Tensor& w, const Opt& bias) {
   using torch::stable::detail::from;
   if (x.scalar_type() == ScalarType::BFloat16 && w.scalar_type() == ScalarType::BFloat16 &&
-      x.is_contiguous() && x.dim() && w.dim() == 2 && x.numel() && x.size(-1) == w.size(1)) {
+      x.is_contiguous() && x.dim() && w.dim() == 2 && x.numel() && x.size(-1) == w.size(1) &&
+      (!bias || (bias->scalar_type() == ScalarType::BFloat16 && bias->dim() == 1))) {
     Shape shape = shape_of(x);
     const int64_t K = shape.back(), M = x.numel() / K;
     shape.back() = w.size(0);
@@ -211,4 +215,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   using namespace fastattn::binding;
   m.impl("product_cpu", TORCH_BOX(&product_cpu));
   m.impl("product_cpu_out", TORCH_BOX(&product_cpu_out));
+  m.impl("linear_cpu", TORCH_BOX(&linear_cpu));
 }

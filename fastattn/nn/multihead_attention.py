@@ -17,6 +17,7 @@ from torch import Tensor
 from fastattn.nn._nested import pack, unpack
 from fastattn.nn.kv_cache import KVLayer
 from fastattn.ops.attention import attention, attention_varlen
+from fastattn.ops.products import linear
 
 Masks = tuple[Tensor | None, Tensor | None, bool]  # mask, bias, causal of the op
 
@@ -204,7 +205,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         o, weights = results if isinstance(results, tuple) else (results, None)
         # (N, H, L, D) lies in memory as (N, L, H, D): a view with batch_first, else one copy.
         o = (o.transpose(1, 2) if batch_first else o.permute(2, 0, 1, 3)).flatten(2)
-        o = F.linear(o, self.out_proj.weight, self.out_proj.bias)
+        o = linear(o, self.out_proj.weight, self.out_proj.bias)
         if batched:
             return o, weights
         return o.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -233,7 +234,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q.permute(order), k.permute(order), v.permute(order), backend=self.backend
         )
         o = (o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)).flatten(2)
-        return F.linear(o, self.out_proj.weight, self.out_proj.bias)
+        return linear(o, self.out_proj.weight, self.out_proj.bias)
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> None:
         if query.dim() not in (2, 3):
@@ -273,19 +274,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             w = self.in_proj_weight
             if key is value:
                 if query is key:
-                    packed = F.linear(query, w, b)
+                    packed = linear(query, w, b)
                     q, k, v = packed.view(*packed.shape[:-1], 3, heads, d).unbind(-3)
                     return q, k, v
                 w_q, w_kv = w.split((e, 2 * e))
                 b_q, b_kv = (None, None) if b is None else b.split((e, 2 * e))
-                q, packed = F.linear(query, w_q, b_q), F.linear(key, w_kv, b_kv)
+                q, packed = linear(query, w_q, b_q), linear(key, w_kv, b_kv)
                 k, v = packed.view(*packed.shape[:-1], 2, heads, d).unbind(-3)
                 return q.view(*q.shape[:-1], heads, d), k, v
             w_q, w_k, w_v = w.split(e)
         else:
             w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         b_q, b_k, b_v = (None, None, None) if b is None else b.split(e)
-        q, k, v = F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+        q, k, v = linear(query, w_q, b_q), linear(key, w_k, b_k), linear(value, w_v, b_v)
         return (
             q.view(*q.shape[:-1], heads, d),
             k.view(*k.shape[:-1], heads, d),
@@ -398,7 +399,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             backend=self.backend,
         )
         o, weights = results if isinstance(results, tuple) else (results, None)
-        o = F.linear(o.flatten(1), self.out_proj.weight, self.out_proj.bias)
+        o = linear(o.flatten(1), self.out_proj.weight, self.out_proj.bias)
         return unpack(o, packed_q), weights
 
 

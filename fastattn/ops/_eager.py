@@ -41,6 +41,15 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in tensors)
 
 
+def eager(x: Tensor) -> bool:
+    """Whether no compiler and no mode of torch's looks on."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def differentiable_gradients(
     formula: Callable[..., Any],
     inputs: tuple[Tensor | None, ...],

@@ -21,6 +21,7 @@ from fastattn.ops import recurrent_step
 from fastattn.ops._eager import (
     below_autograd,
     differentiable_gradients,
+    eager,
     make_function,
     recording,
     transformed,
@@ -457,7 +458,7 @@ def _may_step(x: Tensor, weights: Sequence[Weights], steps: Steps, backend: str)
         and weights[0][4] is None
         and steps[:3] == (None, None, None)
         and x.shape[0] > 0
-        and recurrent_step.eager(x)
+        and eager(x)
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops._eager import differentiable_gradients, make_function, wants_grad
+from fastattn.ops._eager import differentiable_gradients, eager, make_function, wants_grad
 from fastattn.ops.layernorm_op import lib
 from fastattn.reference import recurrent as reference
 from fastattn.reference.recurrent import GRU, LSTM
@@ -33,15 +33,6 @@ _N = 7  # tensors among the inputs
 
 MOST = 16  # sequences; with more, torch's GEMMs
 _MULTIPLE = 16  # of features: csrc/cpu/recurrent_step.h
-
-
-def eager(x: Tensor) -> bool:
-    """Whether no compiler and no mode of torch's looks on."""
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def fused(x: Tensor, h: Tensor) -> bool:
