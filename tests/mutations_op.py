@@ -178,7 +178,8 @@ PRODUCT_MUTATIONS = (
              "p.y = out.from(m, 0);"),
     Mutation("bias_of_the_first_columns", PRODUCTS, "+ n * bias_item", ""),
     # ---- sums
-    Mutation("sums_begun_anew", PRODUCTS, "if (k || accumulate)", "if (accumulate)"),
+    Mutation("sums_begun_anew", PRODUCTS, "const bool more = k || accumulate;",
+             "const bool more = accumulate;"),
     Mutation("added_to_what_lay_there", PRODUCTS,
              "accumulate ? out.block(m, rows, n, columns, sums, parallel) :"
              " matrix(sums, rows, columns, columns, 1)",

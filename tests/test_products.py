@@ -2,6 +2,7 @@
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,11 +99,69 @@ def test_linear(shape: tuple[int, int, int], with_bias: bool) -> None:
     assert_within("linear", linear(x, w, bias), right, [F.linear(x, w, bias)])
 
 
-def test_linear_with_gradients_is_torchs() -> None:
-    x, w = torch.randn(200, 300).bfloat16(), torch.randn(210, 300).bfloat16().requires_grad_()
-    y = linear(x, w, None)
-    assert torch.equal(y, F.linear(x, w))
-    assert y.requires_grad
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True),
+                                   (False, False, True), (True, True, None)], ids=str)  # fmt: skip
+def test_linear_gradients(needs: tuple[bool | None, ...]) -> None:
+    torch.manual_seed(0)
+    shapes = (2, 140, 400), (270, 400), (270,)
+    given = [torch.randn(s).bfloat16() for s, n in zip(shapes, needs, strict=True) if n is not None]
+    dy = torch.randn(2, 140, 270).bfloat16()
+
+    def run(fn: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_(bool(n)) for x, n in zip(given, needs, strict=False)]
+        y = fn(*leaves, *(None,) * (3 - len(leaves)))
+        return [y, *torch.autograd.grad(y, [x for x in leaves if x.requires_grad], dy.to(dtype))]
+
+    right, plain = run(F.linear, torch.float64), run(F.linear, torch.bfloat16)
+    for i, got in enumerate(run(linear, torch.bfloat16)):
+        assert got.dtype == torch.bfloat16
+        assert_within(f"result {i}", got, right[i], [plain[i]])
+
+
+def test_linear_under_autocast() -> None:
+    """A weight of another dtype is autocast's to convert."""
+    x = torch.randn(280, 400).bfloat16()
+    w = torch.randn(270, 400).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, want = linear(x, w, None), F.linear(x, w)
+    assert torch.equal(y, want)
+    dy = torch.ones_like(y)
+    assert torch.equal(*(torch.autograd.grad(t, w, dy)[0] for t in (y, want)))
+
+
+def test_linear_twice_differentiated() -> None:
+    torch.manual_seed(0)
+    x, w = (torch.randn(s).bfloat16().requires_grad_() for s in ((280, 400), (270, 400)))
+
+    def second(fn: Any, x: Tensor, w: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(fn(x, w, None).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), w)[0]
+
+    leaves = [t.detach().double().requires_grad_() for t in (x, w)]
+    assert_within("dw", second(linear, x, w), second(F.linear, *leaves), [second(F.linear, x, w)])
+
+
+ODD = [
+    ((3, 4), (5, 6)),
+    ((4,), (5, 4)),
+    ((0, 4), (5, 4)),
+    ((2, 3, 0), (5, 0)),
+    ((300, 400), (400,)),
+]
+
+
+@pytest.mark.parametrize("shapes", ODD, ids=str)
+def test_linear_of_odd_shapes_is_torchs(shapes: tuple[tuple[int, ...], ...]) -> None:
+    x, w = (torch.randn(s).bfloat16() for s in shapes)
+
+    def outcome(fn: Any) -> Any:
+        try:
+            return fn(x.requires_grad_(), w, None)
+        except RuntimeError:
+            return "refused"
+
+    got, want = outcome(linear), outcome(F.linear)
+    assert got == want if isinstance(want, str) else torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -177,11 +236,11 @@ def test_direct_calls_with_wrong_shapes(
 ) -> None:
     x, y, z = (torch.zeros(s, dtype=torch.bfloat16) for s in (a, b, out))
     with pytest.raises(RuntimeError, match=r"product: (a and b|out) must be"):
-        torch.ops.fastattn.product_cpu_out(x, y, z, False)
+        torch.ops.fastattn.product_cpu_out(x, y, z)
 
 
 def test_direct_calls_with_other_dtypes() -> None:
     x, y = torch.zeros(200, 200, dtype=torch.bfloat16), torch.zeros(200, 200)
     for arguments in ((x, y, x), (y, x, x), (x, x, y)):
         with pytest.raises(RuntimeError, match="one dtype"):
-            torch.ops.fastattn.product_cpu_out(*arguments, False)
+            torch.ops.fastattn.product_cpu_out(*arguments)

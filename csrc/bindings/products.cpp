@@ -1,9 +1,7 @@
-// See products.h; and torch.ops.fastattn.{product_cpu, product_cpu_out, linear_cpu} for the Python
-// layer.
+// See products.h; and torch.ops.fastattn.{product_cpu, product_cpu_out, product_cpu_add,
+// linear_cpu} for the Python layer.
 
 #include "products.h"
-
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "../cpu/cast.h"
 #include "../cpu/isa.h"
@@ -86,10 +84,12 @@ Tensor by_library(const Tensor& a, const Tensor& b, const Tensor& out) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out += a b. (Through the C shim: the dispatcher's takes no Scalar.)
-void add_by_library(const Tensor& a, const Tensor& b, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1., 1.));
+// to += x, (M, N) in fp32. (The dispatcher's addmm takes Scalars, which no stable call can.)
+void add(const float* x, int64_t M, int64_t N, float* to, const Parallel& parallel) {
+  NormParams p;
+  p.M = M, p.N = N, p.x = {const_cast<float*>(x), DType::kF32, N};
+  p.residual = p.y = {to, DType::kF32, N};
+  norm_forward(p, parallel);
 }
 
 // Widening and rounding cost about what 70 products cost.
@@ -111,10 +111,11 @@ void by_fp32(const Wide& a, const Wide& b, int64_t K, const Vec& bias, const Wid
   };
   const int64_t k_step = even(K, kMostK), n_step = even(N, kFloatsOfB / k_step),
                 m_step = even(M, kFloatsOfRows / std::max(k_step, n_step));
-  Buffer of_b, of_a, of_c;
+  Buffer of_b, of_a, of_c, of_part;
   float *const wide_b = of_b.reserve(k_step * n_step),
                *const wide_a = of_a.reserve(m_step * k_step),
-               *const sums = of_c.reserve(m_step * n_step);
+               *const sums = of_c.reserve(m_step * n_step),
+               *const part = k_step < K || accumulate ? of_part.reserve(m_step * n_step) : nullptr;
   const int64_t bias_item = bias.dtype == DType::kF32 ? 4 : 2;
   for (int64_t n = 0; n < N; n += n_step) {
     const int64_t columns = std::min(n_step, N - n);
@@ -127,10 +128,9 @@ void by_fp32(const Wide& a, const Wide& b, int64_t K, const Vec& bias, const Wid
         const int64_t depth = std::min(k_step, K - k);
         if (!right || k_step < K) right = b.block(k, depth, n, columns, wide_b, parallel);
         const Tensor left = a.block(m, rows, k, depth, wide_a, parallel);
-        if (k || accumulate)
-          add_by_library(left, *right, c);
-        else
-          by_library(left, *right, c);
+        const bool more = k || accumulate;
+        by_library(left, *right, more ? matrix(part, rows, columns, columns, 1) : c);
+        if (more) add(part, rows, columns, sums, parallel);
       }
       CastParams p;
       p.M = rows, p.N = columns, p.x = {sums, DType::kF32, columns};
@@ -176,12 +176,15 @@ Tensor product_cpu(Tensor a, Tensor b) {
   return product(a, b, out);
 }
 
-void product_cpu_out(Tensor a, Tensor b, Tensor out, bool accumulate) {
+void product_cpu_out(Tensor a, Tensor b, Tensor out) {
   check(a, b, out);
-  if (!accumulate)
-    product(a, b, out);
-  else if (!widened(a, b, std::nullopt, out, true))
-    add_by_library(a, b, out);
+  product(a, b, out);
+}
+
+// out += a b; false where that is the library's to do.
+bool product_cpu_add(Tensor a, Tensor b, Tensor out) {
+  check(a, b, out);
+  return widened(a, b, std::nullopt, out, true);
 }
 
 Tensor linear_cpu(Tensor x, Tensor w, Opt bias) { return linear(x, w, bias); }
@@ -215,5 +218,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   using namespace fastattn::binding;
   m.impl("product_cpu", TORCH_BOX(&product_cpu));
   m.impl("product_cpu_out", TORCH_BOX(&product_cpu_out));
+  m.impl("product_cpu_add", TORCH_BOX(&product_cpu_add));
   m.impl("linear_cpu", TORCH_BOX(&linear_cpu));
 }
