@@ -150,20 +150,23 @@ def test_the_fastest_splits_are_found() -> None:
 
 
 def test_waits_of_a_merge() -> None:
-    assert decode.waits(SERIAL) == (1, 1)
+    assert decode.waits(SERIAL) == (1, 1, 1)
     four = [line for k in range(4) for line in a_split(4 + 8 * k)]
     uses = [f"FFMA R50, R{4 + 8 * k}, R40, R50" for k in range(4)]
     # All loads first: the first use stands for the lot.
-    assert decode.waits(merge(*four, *uses)) == (1 / 4, 0)
+    assert decode.waits(merge(*four, *uses)) == (1, 0, 4)
     # One after the other.
     turns = [line for k in range(4) for line in (*a_split(4 + 8 * k), uses[k])]
-    assert decode.waits(merge(*turns)) == (1, 0)
+    assert decode.waits(merge(*turns)) == (4, 0, 4)
     # Triton's has 16 at once, whatever its loads are.
-    assert decode.waits(merge(SUM, "FADD R3, R1, R1", *four, *uses, at_once=16)) == (1 / 16, 1 / 16)
+    assert decode.waits(merge(SUM, "FADD R3, R1, R1", *four, *uses, at_once=16)) == (1, 1, 16)
+    # Copies to shared memory are waited for once, and only where there are some.
+    copies, there = [COPY.replace("R1", f"R{k}") for k in range(16)], "DEPBAR.LE SB0, 0x0"
+    assert decode.waits(merge(*copies, there, there, "LDS.128 R4, [R1]")) == (1, 0, 8)
     # The last register of a load counts, the one behind it does not; stores read all of theirs.
-    assert decode.waits(merge(*a_split(), "FADD R3, R11, R2")) == (1, 0)
-    assert decode.waits(merge(*a_split(), "FADD R3, R12, R2")) == (0, 0)
-    assert decode.waits(merge(*a_split(), "STG.E [R30.64], R4")) == (1, 0)
+    assert decode.waits(merge(*a_split(), "FADD R3, R11, R2")) == (1, 0, 1)
+    assert decode.waits(merge(*a_split(), "FADD R3, R12, R2")) == (0, 0, 1)
+    assert decode.waits(merge(*a_split(), "STG.E [R30.64], R4")) == (1, 0, 1)
     with pytest.raises(predict.ModelError, match="16 bytes a lane"):
         decode.waits(merge(SUM))
 

@@ -21,7 +21,6 @@ other architectures' clocks, a DRAM that has not come up to speed, L2 that holds
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -172,10 +171,11 @@ def _is_fma(x: Instruction) -> bool:
 
 
 @functools.lru_cache
-def waits(merge: Merge) -> tuple[float, float]:
-    """Waits of the merge's loop for one split: for parts (16 bytes a lane), for sums alone.
+def waits(merge: Merge) -> tuple[int, int, int]:
+    """Of a trip of the merge's loop: waits for parts (16 bytes a lane), for sums alone; splits.
 
-    Instructions start in order, so one that reads a register of a load under way waits for it.
+    Instructions start in order, so one that reads a register of a load under way waits for it; for
+    asynchronous copies a barrier stands.
     """
     loops = merge.function.innermost(_is_wide)
     if not loops:
@@ -188,8 +188,7 @@ def waits(merge: Merge) -> tuple[float, float]:
     trip = max(trips, key=lambda t: sum(_count(block, _is_wide) for block in t))
     code = [x for block in trip for x in block.instructions]
     wide, narrow = _waits(code)
-    splits = merge.at_once or _splits_of(code)
-    return wide / splits, narrow / splits
+    return wide, narrow, merge.at_once or _splits_of(code)
 
 
 def _is_wide(x: Instruction) -> bool:
@@ -209,7 +208,12 @@ def _waits(code: Iterable[Instruction]) -> tuple[int, int]:
     """Times that an instruction stands for a load: those of 16 bytes, others alone."""
     under_way: dict[int, bool] = {}  # register -> wide
     wide = narrow = 0
+    copies = False
     for x in code:
+        if x.op.startswith("LDGSTS"):
+            copies = True
+        elif x.op.startswith("DEPBAR") and copies:
+            wide, copies = wide + 1, False
         first, _, rest = x.operands.partition(",")
         written = re.fullmatch(r"R(\d+)", first.strip())  # stores and predicates begin otherwise
         read = re.findall(r"\bR(\d+)\b", rest if written else x.operands)
@@ -217,7 +221,7 @@ def _waits(code: Iterable[Instruction]) -> tuple[int, int]:
             for_wide = any(under_way.values())
             wide, narrow = wide + for_wide, narrow + (not for_wide)
             under_way.clear()
-        if x.op.startswith("LDG") and written:
+        if x.op.startswith("LDG.") and written:
             width = next((_WORDS[m] for m in x.op.split(".") if m in _WORDS), 1)
             under_way |= {int(written[1]) + i: width == 4 for i in range(width)}
     return wide, narrow
@@ -337,10 +341,10 @@ def _around(call: Call, outside: dict[str, float], waves: int, arch: Arch) -> Pa
 
 
 def _merging(merge: Merge, splits: int, arch: Arch) -> Pair:
-    """Sums were read a moment ago for the maximum: from L1 at best."""
-    wide, narrow = waits(merge)
+    """Sums first, which a loop may read once more, from L1 at best; then the parts."""
+    wide, narrow, at_once = waits(merge)
     there = ROUND_TRIPS[arch.name]
-    trips = math.ceil(splits / merge.at_once) * merge.at_once if merge.at_once else splits
+    trips = -(-splits // at_once)
     sums = (there.l1, there.l2[1])
     return _both(
         lambda i: (
