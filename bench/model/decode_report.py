@@ -25,7 +25,9 @@ the launches, which are most of a short step; bound: what wins inside the attent
 and at worst where they differ (dram; chain: the waits of a block; pipes: its machine code; port of
 an SM); merge: with its launch. Splits are what the launcher's own plan gives; an SM: blocks that it
 holds. x0.5, x2: the step with half or twice the splits, over the plan's; fastest: the splits for
-which the mean of best and worst is least, and that mean over the plan's.
+which the mean of best and worst is least, and that mean over the plan's. A load from shared memory
+counts the bytes of every lane, also where lanes read one address, as Triton's fp32 products do on
+the CUDA cores: there pipes and chain are more than it takes.
 """
 
 _ALIKE = """

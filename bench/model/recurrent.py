@@ -11,8 +11,8 @@ link of the chain asks for more than a latency. Of the tier that shares W_hh bet
 
 The inputs' gx comes from DRAM while load and product run. A block that has all of W_hh (block) has
 no load and no barrier. Where W_hh does not fit (step) a GEMM and a kernel follow each other. `best`
-and `worst` take the ends of each latency's published range; both leave out what nobody here has
-seen: contention of polls, clocks, launch.
+and `worst` take the ends of each latency's range; both leave out what nobody here has seen:
+contention of polls, clocks, launch.
 
 Latencies and their sources are in latency.py; the links of the chain behind the product (CELL) are
 counted by hand in recurrent_cells.cuh, 4 cycles an arithmetic instruction and 20 to 30 a MUFU,
