@@ -10,7 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.model import archs, kernels, predict, published, recurrent, recurrent_report, report
+from bench.model import (
+    archs,
+    decode_list,
+    decode_report,
+    kernels,
+    predict,
+    published,
+    recurrent,
+    recurrent_report,
+    report,
+)
 from bench.model.torch_flash import NoTorchKernelsError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,11 +63,17 @@ def main(
     else:
         _show(console, "TFLOP/s, published / model", report.validation_table(points))
         _show(console, "errors of the model", report.summary_table(points))
+    if to is None and not write:
+        return
+    folders = dict(zip(decode_report.BACKENDS, BUILT, strict=True))
+    decoding = decode_report.cases({name: decode_list.load(at) for name, at in folders.items()})
     if to is not None:
-        to.write_text(json.dumps({"kernels": rows, "validation": points}, indent=1) + "\n")
+        every = {"kernels": rows, "validation": points, "decoding": decode_report.rows(decoding)}
+        to.write_text(json.dumps(every, indent=1) + "\n")
     if write:
-        steps = recurrent_report.section(recurrent.load(BUILT[0]), report.markdown)
-        report.write(Path(__file__).with_name("REPORT.md"), rows, points, steps)
+        more = decode_report.section(decoding, report.markdown)
+        more += recurrent_report.section(recurrent.load(BUILT[0]), report.markdown)
+        report.write(Path(__file__).with_name("REPORT.md"), rows, points, more)
         console.print("wrote bench/model/REPORT.md")
 
 

@@ -11,17 +11,12 @@ link of the chain asks for more than a latency. Of the tier that shares W_hh bet
 
 The inputs' gx comes from DRAM while load and product run. A block that has all of W_hh (block) has
 no load and no barrier. Where W_hh does not fit (step) a GEMM and a kernel follow each other. `best`
-and `worst` take the ends of each latency's published range; both leave out what nobody here has
-seen: contention of polls, clocks, launch.
+and `worst` take the ends of each latency's range; both leave out what nobody here has seen:
+contention of polls, clocks, launch.
 
-Sources of the latencies, by the letter in the table:
-
-  [P] PMC10448217, table 3: L2 200 cycles and 5120 bytes a cycle, DRAM 400, shared memory 20,
-      arithmetic 4, A100 and H100 alike
-  [L] arXiv 2606.22588: L2 of an L40, 222 to 339 cycles by SM: the far ends of a chip
-  [C] arXiv 2206.02874: mma.sync m16n8k16 25 cycles on an A100; taken for H100 too
-  [G] developer.nvidia.com/blog/cuda-graphs: kernels of 2.9 us cost 3.4 (graph) to 3.8 us (stream)
-  [H] counted by hand in recurrent_cells.cuh: links of the chain behind the product
+Latencies and their sources are in latency.py; the links of the chain behind the product (CELL) are
+counted by hand in recurrent_cells.cuh, 4 cycles an arithmetic instruction and 20 to 30 a MUFU,
+which is an assumption.
 """
 
 from __future__ import annotations
@@ -36,16 +31,21 @@ from pathlib import Path
 
 from bench.model import pipes, tools
 from bench.model.archs import ARCHS, Arch
+from bench.model.latency import (
+    KERNEL_S,
+    L2_BYTES,
+    L2_BYTES_OF_SM,
+    MMA,
+    ROUND_TRIPS,
+    SHARED,
+    Pair,
+)
 from bench.model.predict import EXPOSED, ModelError, bound
 from bench.model.sass import Block, Function, Instruction, functions
 
-L2, DRAM, SHARED = (200.0, 340.0), (400.0, 600.0), (20.0, 30.0)  # [P] to [L]; DRAM, SHARED: scaled
-L2_BYTES, L2_BYTES_OF_SM = 5120.0, 64.0  # a cycle: all of L2 [P]; a port of an SM
-MMA = (25.0, 33.0)  # [C]; the second: with the operands' way
 # A barrier: stores acknowledged, arrival seen; then half a poll on average, or a whole one.
-ROUND_TRIPS = (2.0, 3.0)
-CELL = (40 * 4.0 + 6 * 20.0, 60 * 4.0 + 8 * 30.0)  # [H] [P]: dependent arithmetic and MUFU
-KERNEL_S = (3.4e-6, 3.8e-6)  # [G]
+BARRIER_TRIPS = (2.0, 3.0)
+CELL = (40 * 4.0 + 6 * 20.0, 60 * 4.0 + 8 * 30.0)
 NOTHING = (0.0, 0.0)
 WARPS, UNITS, CHUNK_BYTES = 8, 16, 64  # of recurrent_product.cuh
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -193,13 +193,16 @@ def step(call: Call, arch: Arch, code: Code | None) -> Step:
     sequences = min(found.rows, call.B)
     blocks = found.slices * found.directions * found.groups
     moved = 0.0 if alone else float(blocks * sequences * call.pitch)
-    load = NOTHING if alone else _load(call, sequences, moved, blocks)
+    trip = ROUND_TRIPS[arch.name]
+    load = NOTHING if alone else _load(call, sequences, moved, blocks, trip.l2)
     product = _product(call, alone, sequences, code, arch)
     cell = _cell(call, alone, sequences, code, arch)
-    barrier = NOTHING if alone else _both(lambda i: ROUND_TRIPS[i] * L2[i] + 2 * SHARED[i])
+    barrier = NOTHING if alone else _both(lambda i: BARRIER_TRIPS[i] * trip.l2[i] + 2 * SHARED[i])
     # Both directions at once, or in turn.
     rate = arch.clock / (call.D // found.directions)
-    seconds = _both(lambda i: (max(DRAM[i], load[i] + product[i]) + cell[i] + barrier[i]) / rate)
+    seconds = _both(
+        lambda i: (max(trip.dram[i], load[i] + product[i]) + cell[i] + barrier[i]) / rate
+    )
     return Step(call, found, load, product, cell, barrier, moved, seconds)
 
 
@@ -212,15 +215,16 @@ def _width(call: Call, alone: bool) -> int:
     return 8 if alone or call.dtype == "fp32" else 16
 
 
-def _load(call: Call, sequences: int, moved: float, blocks: int) -> tuple[float, float]:
+def _load(call: Call, sequences: int, moved: float, blocks: int, l2: Pair) -> Pair:
     """A round trip a tile; at worst one for each few chunks that a warp asks for at once. All
     blocks load at once, each through its own port."""
     tiles = -(-sequences // _width(call, alone=False))
     held = REGISTERS // 8 // call.tiles
     ahead = 1 if call.dtype == "fp32" and call.tiles == 4 else min(held, 4)
     trips = (tiles, tiles * -(-call.chunks // WARPS // ahead))
-    rest = max(moved / L2_BYTES, moved / blocks / L2_BYTES_OF_SM)
-    return _both(lambda i: trips[i] * L2[i] + rest)
+    own = moved / blocks
+    rest = _both(lambda i: max(moved / L2_BYTES[i], own / L2_BYTES_OF_SM[i]))
+    return _both(lambda i: trips[i] * l2[i] + rest[i])
 
 
 def _product(
@@ -259,8 +263,8 @@ def _step_tier(call: Call, found: Plan, arch: Arch) -> Step:
     (from DRAM where it does not fit there: half of L2 is taken to be the weights')."""
     weights = float(call.D * GATES[call.cell] * call.H * call.H * BYTES[call.dtype])
     clock = arch.clock or 1.0
-    rate = L2_BYTES * clock if weights < 20e6 else arch.dram
-    seconds = _both(lambda i: (call.D + 1) * KERNEL_S[i] + weights / rate)
+    rate = _both(lambda i: L2_BYTES[i] * clock if weights < 20e6 else arch.dram)
+    seconds = _both(lambda i: (call.D + 1) * KERNEL_S[i] + weights / rate[i])
     return Step(call, found, NOTHING, NOTHING, NOTHING, NOTHING, weights, seconds)
 
 

@@ -13,13 +13,13 @@ GEMM_SHARE = 0.6  # of the peak, for the GEMMs around a recurrence of that size
 HEAD = """
 ## Recurrent kernels: a step at a time
 
-*Model*, not run on hardware yet; `bench/model/recurrent.py` says what a step is made of and where
-its latencies come from. Cycles of each link as best to worst of the published latencies; a step is
-that of all directions, without the GEMMs before and after, which are torch's. L2: bytes that all
-blocks load in a step. torch asks cuDNN for its persistent kernel in fp16 alone, unpacked (torch's
-documentation, "cuDNN persistent RNN"): it serves every call of these tables step by step. Packed
-sequences and lengths take these kernels at the same cost a step, stacked layers their sum, a
-projection the step tier.
+*Model*, not run on hardware yet; `bench/model/recurrent.py` says what a step is made of,
+`bench/model/latency.py` where its latencies come from and which of them are assumptions. Cycles of
+each link as best to worst of those; a step is that of all directions, without the GEMMs before and
+after, which are torch's. L2: bytes that all blocks load in a step. torch asks cuDNN for its
+persistent kernel in fp16 alone, unpacked (torch's documentation, "cuDNN persistent RNN"): it serves
+every call of these tables step by step. Packed sequences and lengths take these kernels at the same
+cost a step, stacked layers their sum, a projection the step tier.
 """
 
 _READ = """

@@ -397,8 +397,8 @@ constexpr int kFewRows = 16, kManyRows = 64;
 // New rows up to this number are appended by the way: a launch of its own takes 3 us, which is more
 // than it takes every block of a sequence to read and rotate them again.
 constexpr int kAppendedByTheWay = 16;
-// More splits than this would cost their merge more than they gain, as would less than two tiles.
-constexpr int kMaxSplits = 64, kTilesASplit = 2;
+// Less than two tiles a split would cost its merge more than it gains.
+constexpr int kTilesASplit = 2;
 // Two blocks an SM have two tiles under way, 32 KB or more; an H100's bandwidth times its latency
 // (3.35 TB/s, 0.7 us) is 18 KB an SM.
 constexpr int kBlocksAnSM = 2;

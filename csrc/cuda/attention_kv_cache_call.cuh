@@ -36,6 +36,9 @@ struct CacheCall {
   }
 };
 
+// More splits than this would cost their merge more than they gain, which has two of them a lane.
+constexpr int kMaxSplits = 64;
+
 // The launches that attention_kv_cache is made of, and their tables.
 Launch launch_kv_append(const CacheCall& c, cudaStream_t stream);
 Launch launch_kv_merge(const CacheCall& c, cudaStream_t stream);

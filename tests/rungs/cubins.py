@@ -7,30 +7,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import triton
-
+from . import cache_plans
 from .budget import NO_DOT, Row, rows
 from .driver import SHARED_LIMIT
-from .launches import specialise, target
 
 EVERY = tuple(arch for arch in SHARED_LIMIT if arch.startswith("sm_"))
 
 
 def write(folder: Path, archs: Iterable[str]) -> int:
-    """The bf16 kernels of the usual head dims, with and without the causal mask; how many."""
+    """The bf16 kernels of the usual head dims, with and without the causal mask, and those over a
+    cache with the plans of decoding; how many."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = rows(list(archs), ["bf16"], [64, 128], ["plain", "causal"])
+    archs = list(archs)
+    wanted = rows(archs, ["bf16"], [64, 128], ["plain", "causal"])
     entries = [_entry(folder, row) for row in wanted if row.launch.name not in NO_DOT]
-    (folder / "kernels.json").write_text(json.dumps({"kernels": entries}, indent=1) + "\n")
-    return len(entries)
+    kernels, plans = cache_plans.write(folder, archs)
+    listed = {"kernels": entries, "cache_kernels": kernels, "cache_plans": plans}
+    (folder / "kernels.json").write_text(json.dumps(listed, indent=1) + "\n")
+    return len(entries) + len(kernels)
 
 
 def _entry(folder: Path, row: Row) -> dict[str, Any]:
-    to = target(row.arch)
-    special = specialise(row.launch, to)
-    compiled = triton.compile(special.source, target=to, options=special.options.__dict__)
     cubin = f"{row.launch.name}.{row.dtype}.d{row.head_dim}.{row.feature}.{row.arch}.cubin"
-    (folder / cubin).write_bytes(compiled.kernel)
+    compiled = cache_plans.compiled(row.launch, row.arch, folder / cubin)
     return {
         "name": f"{row.launch.name} {row.dtype} d{row.head_dim}",
         "arch": row.arch,

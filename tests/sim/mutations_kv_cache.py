@@ -23,8 +23,8 @@ KV_CACHE = (
     _bug(
         "parts_weigh_alike",
         MERGE,
-        "const float weight = ptx::exp2_approx((sums(k, 0) - base) * c.call.c);",
-        "const float weight = 1.f;",
+        "l_k[e] == 0.f ? 0.f : ptx::exp2_approx((m_k[e] - base) * c.call.c);",
+        "1.f;",
         "a split counts as if it had the row's maximum",
         "ptx:kv_split",
         "values",
@@ -32,8 +32,8 @@ KV_CACHE = (
     _bug(
         "sums_do_not_weigh",
         MERGE,
-        "l += l_k * weight;",
-        "l += l_k;",
+        "l += l_k[e] * weight;",
+        "l += l_k[e];",
         "a split's sum counts as if it had the row's maximum",
         "ptx:kv_split",
         "values",
@@ -41,8 +41,8 @@ KV_CACHE = (
     _bug(
         "parts_without_keys_are_read",
         MERGE,
-        "if (l_k == 0.f) continue;  // no key: its part was not written",
-        "",
+        "const bool written = l_k[e] != 0.f;",
+        "const bool written = k0 + e < c.splits;",
         "a split without keys has written no part",
         "ptx:kv_split",
         "UnwrittenRead",
@@ -50,11 +50,20 @@ KV_CACHE = (
     _bug(
         "last_split_is_lost",
         MERGE,
-        "for (int k = 0; k < c.splits; ++k) {",
-        "for (int k = 0; k < c.splits - 1; ++k) {",
+        "const bool there = split < c.splits;",
+        "const bool there = split < c.splits - 1;",
         "the newest keys take no part",
         "ptx:kv_split",
         "values",
+    ),
+    _bug(
+        "parts_are_used_under_way",
+        MERGE,
+        "ptx::cp_async_wait<0>();  // a lane",
+        "ptx::cp_async_wait<1>();  // a lane",
+        "what a lane copies is not there until it waits for it",
+        "ptx:kv_split",
+        "Race",
     ),
     # ---- where keys lie
     _bug(

@@ -43,6 +43,12 @@ def test_no_races(name: str) -> None:
         check(call, run(PROGRAM, case_of(call, splits), "tsan", schedule=schedule))
 
 
+def test_more_splits_than_a_warp_has_lanes() -> None:
+    """102 tiles of 64 keys in 44 splits of three: the last two with keys are a lane's second."""
+    call = make((6520,), h=2, hk=1, d=16, capacity=6528)
+    check(call, run(PROGRAM, case_of(call, 44, multiprocessors=40), "tsan"))
+
+
 @pytest.mark.parametrize("sn", [3, 20])
 def test_blocks_do_not_read_what_others_append(sn: int) -> None:
     """Every split and block of rows sees the new rows; the cache's are written by one."""
