@@ -9,9 +9,7 @@
 
 namespace fastattn {
 
-inline constexpr int kTurns = 2000;  // of waiting before a thread gives its core away
-
-// A turn of waiting: what is waited for may want this very core.
+// Turns of waiting before a thread gives its core away: what it waits for may want that very core.
 class Spin {
  public:
   void wait() {
@@ -28,6 +26,7 @@ class Spin {
   int turns() const { return turns_; }
 
  private:
+  static constexpr int kTurns = 2000;
   int turns_ = 0;
 };
 
@@ -58,10 +57,11 @@ class Team {
 
   int size() const { return size_.load(std::memory_order_relaxed); }
 
-  // Orders what every member wrote before it before what every member reads after it. Who waits
-  // long sleeps: on a busy machine the others' core is shared, and an idle one takes its part of
-  // that. (Yielding keeps the core: beside three busy processes an LSTM's step took four times as
-  // long.)
+  // Orders what every member wrote before it before what every member reads after it. Who has
+  // waited for half a millisecond sleeps: the others' core is shared then, and an idle one takes
+  // its part of that. (Yielding keeps the core: beside three busy processes an LSTM took three
+  // times as long as torch's; asleep after a tenth of that, both wait for each other to wake on a
+  // free machine.)
   void barrier() {
     const int n = size();
     if (n == 1) return;
@@ -82,6 +82,7 @@ class Team {
 
  private:
   static constexpr int kClosed = 1 << 20;
+  static constexpr int kTurns = 10000;
   static constexpr int kPatience = 6000;  // about 0.2 ms: a sleeping thread wakes in a tenth of it
   const int wanted_;
   std::atomic<int> state_{0}, size_{0};
