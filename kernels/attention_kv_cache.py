@@ -48,21 +48,26 @@ def attention_kv_cache(
     o = empty_as(q, (*q.shape[:-1], v_cache.shape[-1]))
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     B, H, Sq = q.shape[:3]
-    if B * H == 0:
+    if B == 0:
         return o, lse
     Hk, Dv = k_cache.shape[1], v_cache.shape[-1]
     values = _arguments(q, k_cache, v_cache, cache_lens, rest)
     rows = values["group"] * Sq
     family = configs.family_of(q.device)
     config = configs.cache_config(family, q.dtype, q.shape[3], Dv, rows)
+    values["PAGED"] = _paging(values, config)
+    if H == 0:  # nobody attends, but the new rows are appended
+        with device_of(q):
+            _append(B * Hk, values)
+        return o, lse
     programs = B * Hk * -(-rows // config.BLOCK_M)
     tiles = _tiles(values, config, rows)
     apart = values["Sn"] > _FUSED_ROWS
     splits = splits_for(programs, tiles, _PROGRAMS_AN_SM * configs.multiprocessors(q.device))
     values |= {
         "o_ptr": o, "stride_o": o.stride(), "lse_ptr": lse, "splits": splits, "SPLIT": splits > 1,
-        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PAGED": _paging(values, config),
-        "part_ptr": None, "sums_ptr": None, "BLOCK_S": _MERGED_AT_ONCE,
+        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "part_ptr": None,
+        "sums_ptr": None, "BLOCK_S": _MERGED_AT_ONCE,
     }  # fmt: skip
     if splits > 1:
         shape = (B * Hk, splits, rows)
@@ -70,13 +75,18 @@ def attention_kv_cache(
         values["sums_ptr"] = q.new_empty((*shape, 2), dtype=torch.float32)
     with device_of(q):
         if apart:
-            new_tiles = -(-values["Sn"] // values["BLOCK_NEW"])
-            _run(fwd.append_kernel, B * Hk * new_tiles, values, num_warps=4, num_stages=1)
+            _append(B * Hk, values)
             values |= {"k_ptr": None, "v_ptr": None}
         _run(fwd.cached_attention_kernel, programs * splits, values, *config[2:])
         if splits > 1:
             _run(fwd.merge_kernel, B * H * Sq, values, num_warps=4, num_stages=1)
     return o, lse
+
+
+def _append(heads: int, values: dict[str, Any]) -> None:
+    programs = heads * -(-values["Sn"] // values["BLOCK_NEW"])
+    if programs:
+        _run(fwd.append_kernel, programs, values, num_warps=4, num_stages=1)
 
 
 def splits_for(programs: int, tiles: int, slots: int) -> int:

@@ -114,6 +114,20 @@ def test_empty(lens: tuple[int, ...], backend: str) -> None:
     assert got["lse"].eq(-torch.inf).all()
 
 
+@pytest.mark.parametrize("window", [None, (3, 0)])
+@pytest.mark.parametrize("page_size", [0, 7])
+@pytest.mark.parametrize("sn", [0, 1, 20])
+@pytest.mark.parametrize("sq", [1, 20])
+def test_no_heads(sq: int, sn: int, page_size: int, window: Any, backend: str) -> None:
+    """Nobody asks, and the new rows are appended."""
+    call = make(h=0, sq=sq, sn=sn, capacity=70, page_size=page_size, window=window)
+    got, right = call.run(backend), call.run("reference")
+    assert got["o"].shape == (3, 0, sq, 32)
+    assert got["lse"].shape == (3, 0, sq)
+    for name in CACHES:
+        assert_same_bits(name, got[name], right[name])
+
+
 @pytest.mark.parametrize("page_size", [0, 4])
 def test_a_cache_of_no_slot(page_size: int, backend: str) -> None:
     call = make((0, 0), sn=0, sq=1, capacity=0, page_size=page_size)
@@ -298,6 +312,14 @@ def test_shared_pages(dtype: torch.dtype, backend: str) -> None:
     got = call.run(backend)
     assert_same_bits("o", got["o"][0], got["o"][1])
     call.judge("cpu")
+
+
+def test_pages_that_others_read_may_be_written_behind_them(backend: str) -> None:
+    """Both read the page; one alone appends to it."""
+    call = make((6, 5), sq=1, page_size=4, capacity=8, new_lens=(1, 0))
+    t = call.tensors
+    t["block_table"][1] = t["block_table"][0]
+    call.judge(backend)
 
 
 # ------------------------------------------------------------------------------------- determinism

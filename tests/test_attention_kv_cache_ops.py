@@ -132,6 +132,14 @@ def with_(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def put_same(name: str, index: Any, other: Any) -> Callable[[dict[str, Any]], None]:
+    def change(t: dict[str, Any]) -> None:
+        t[name] = t[name].clone()
+        t[name][index] = t[name][other]
+
+    return change
+
+
 def put(name: str, index: Any, value: int) -> Callable[[dict[str, Any]], None]:
     def change(t: dict[str, Any]) -> None:
         t[name] = t[name].clone()
@@ -157,6 +165,12 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], None], type[Exce
                        r"block_table\[0, 2\] must be a page in \[0, 24\).*got 99"),
     "page_negative": ({"page_size": 8}, put("block_table", (2, 0), -1), IndexError,
                       r"block_table\[2, 0\].*got -1"),
+    "page_written_by_two": ({"page_size": 8, "lens": (8, 3, 16)},
+                            put_same("block_table", (2, 2), (0, 1)), ValueError,
+                            r"block_table\[2, 2\] is page \d+, to which sequence 0 appends too"),
+    "page_written_twice": ({"page_size": 8, "sq": 9, "lens": (8, 3, 16)},
+                           put_same("block_table", (0, 2), (0, 1)), ValueError,
+                           r"block_table\[0, 2\] is page \d+, to which sequence 0 appends too"),
     "page_of_the_new_row": ({"page_size": 8, "lens": (8, 0, 16)}, put("block_table", (0, 1), 77),
                             IndexError, r"block_table\[0, 1\]"),
     "new_lens_negative": ({"sq": 4, "new_lens": (1, 2, 3)}, put("new_lens", 0, -1), ValueError,
@@ -186,6 +200,8 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], None], type[Exce
                      ValueError, "stride 1"),
     "cache_overlaps": ({}, with_(v_cache=lambda x: x[:1].expand(3, -1, -1, -1)), ValueError,
                        "share memory"),
+    "one_cache": ({}, lambda t: t.update(v_cache=t["k_cache"]), ValueError,
+                  "v_cache must not share k_cache's memory"),
     "k_alone": ({}, with_(v=None), ValueError, "k and v must be given together"),
     "k_shape": ({}, with_(k=lambda k: k[:, :1]), ValueError, r"k must have shape \(B, Hk, Sn, D\)"),
     "v_rows": ({"sq": 3}, with_(v=lambda v: v[:, :, :2]), ValueError, "v must have shape"),
@@ -208,8 +224,9 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], None], type[Exce
                       "one shape"),
     "rotary_wide": ({}, with_(rotary=table(60, 17)), ValueError, "R at most q's head_dim"),
     "rotary_int": ({}, with_(rotary=(torch.zeros(60, 4).int(),) * 2), TypeError, "float dtype"),
-    "mask_float": ({}, with_(mask=torch.zeros(52)), TypeError, "mask must be bool"),
-    "mask_shape": ({}, with_(mask=torch.ones(51, dtype=torch.bool)), ValueError, "broadcast"),
+    "mask_float": ({}, with_(mask=torch.zeros(52)), TypeError, "mask must be bool.*none is added"),
+    "mask_shape": ({}, with_(mask=torch.ones(51, dtype=torch.bool)), ValueError,
+                   r"broadcast to \(B, H, Sq, capacity\) = \(3, 4, 1, 52\)"),
     "mask_long": ({}, with_(mask=torch.ones(53, dtype=torch.bool)), ValueError, "broadcast"),
     "sinks_shape": ({}, with_(sinks=torch.zeros(3)), ValueError, "sinks must have shape"),
     "sinks_int": ({}, with_(sinks=torch.zeros(4).int()), TypeError, "sinks must be one of"),

@@ -303,6 +303,8 @@ WRONG: dict[str, Any] = {
         f"{name} in another dtype": lambda g, name=name: replaced(g, name, Tensor.double)
         for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w_gate")
     },
+    "lengths without memory": lambda g: {"cache_lens": g["cache_lens"].to("meta")},
+    "a weight without memory": lambda g: replaced(g, "w2", lambda w: w.to("meta")),
     "k without v": lambda g: {"weights": g["weights"]._replace(wv=None)},
 }  # fmt: skip
 

@@ -293,6 +293,7 @@ def test_bad_arguments() -> None:
         (lambda: cache.reorder([0, 1, 3]), "3 sequences of 0 to 2"),
         (lambda: cache.crop(-1), "at least 0"),
         (lambda: cache.grow(3), "capacity is 24 already"),
+        (lambda: cache.reset(torch.tensor([True])), r"bool mask of sequences must have shape \(3,"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -300,7 +301,94 @@ def test_bad_arguments() -> None:
     q, k, v = (torch.randn(3, h, 1, D) for h in (HEADS, KV_HEADS, KV_HEADS))
     with pytest.raises(ValueError, match=r"made by extend\(2\), got 1 keys"):
         step[0].attend(q, k, v)
+    with pytest.raises(TypeError, match=r"appends the 2 rows of its step, so k .* got NoneType"):
+        step[0].attend(q, None, None)
+    with pytest.raises(TypeError, match="so v must be a Tensor, got list"):
+        step[0].attend(q, k, [v])
     assert cache.lengths == (2, 2, 2)
+
+
+NO_INTS: dict[str, Any] = {
+    "rows": lambda c: c.extend(1.5),
+    "rows, true": lambda c: c.extend(True),
+    "rows, a tensor of floats": lambda c: c.extend(torch.tensor(2.0)),
+    "rows, several": lambda c: c.extend(torch.tensor([2, 2])),
+    "new_lens": lambda c: c.extend(2, new_lens=[1.9, 0.2, 1]),
+    "new_lens, a tensor": lambda c: c.extend(2, new_lens=torch.tensor([1.0, 0.0, 1.0])),
+    "new_lens, a mask": lambda c: c.extend(2, new_lens=torch.tensor([True, False, True])),
+    "sequences": lambda c: c.extend(2, sequences=1),
+    "sequences, floats": lambda c: c.reset([0.0, 1.0]),
+    "sequences, a tensor of floats": lambda c: c.reset(torch.tensor([0.5])),
+    "sequences, mixed": lambda c: c.crop(1, sequences=[True, 0, 2]),
+    "sequences, a matrix": lambda c: c.reset(torch.tensor([[True, False, True]])),
+    "length": lambda c: c.crop(0.5),
+    "length, a list": lambda c: c.crop([0, 1.0, 2]),
+    "length, a mask": lambda c: c.crop(torch.tensor([True, True, False])),
+    "index": lambda c: c.reorder([0.9, 1.9, 0]),
+    "index, a mask": lambda c: c.reorder(torch.tensor([True, False, False])),
+    "capacity": lambda c: c.grow(30.5),
+}
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("what", NO_INTS)
+def test_what_is_no_int_is_refused(what: str, page_size: int | None) -> None:
+    """And changes nothing."""
+    cache = make(3, page_size=page_size)
+    cache.extend(2)
+    name = what.split(",")[0]
+    with pytest.raises(TypeError, match=rf"KVCache: {name} must be (an int|a sequence of ints)"):
+        NO_INTS[what](cache)
+    assert cache.lengths == (2, 2, 2)
+    assert cache.lens.tolist() == [2, 2, 2]
+    cache.extend(1)
+    assert cache.lengths == (3, 3, 3)
+
+
+def test_ints_of_others() -> None:
+    np = pytest.importorskip("numpy")
+    cache = make(3)
+    cache.extend(torch.tensor(5))
+    cache.extend(np.int64(2), new_lens=np.array([1, 2, 0]))
+    assert cache.lengths == (6, 7, 5)
+    assert all(type(n) is int for n in cache.lengths)
+    cache.crop(np.int64(6))
+    assert cache.lengths == (6, 6, 5)
+    cache.crop(torch.tensor(4), sequences=np.array([0]))
+    cache.crop(torch.tensor([3, 2, 1], dtype=torch.int32))
+    assert cache.lengths == (3, 2, 1)
+    cache.reorder(np.array([1, 1, 2]))
+    cache.reset(np.array([False, True, False]))
+    assert cache.lengths == (2, 0, 1)
+    assert all(type(n) is int for n in cache.lengths)
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([True, False, True]), [True, False, True]])
+def test_a_bool_mask_selects_sequences(mask: Any) -> None:
+    """``reset(finished)``, as one has it at hand."""
+    cache, tokens = make(3, page_size=4), Tokens(3)
+    tokens.step(cache, 5)
+    cache.crop(4, sequences=mask)
+    assert cache.lengths == (4, 5, 4)
+    cache.reset(mask)
+    assert cache.lengths == (0, 5, 0)
+    assert cache.extend(2, sequences=mask).lens.tolist() == [0, 0]
+    assert cache.lengths == (2, 5, 2)
+    cache.reset(torch.zeros(3, dtype=torch.bool))
+    assert cache.lengths == (2, 5, 2)
+    none = make(0)
+    none.reset(torch.zeros(0, dtype=torch.bool))
+    assert none.lengths == ()
+
+
+def test_a_step_is_a_sequence_of_layers() -> None:
+    step = make(1).extend(1)
+    assert len(step) == len(list(step)) == LAYERS
+    assert [part.layer for part in step] == [0, 1]
+    assert step[-1] == step[LAYERS - 1]
+    for layer in (LAYERS, -LAYERS - 1):
+        with pytest.raises(IndexError, match=rf"layer {layer} of a cache of {LAYERS} layers"):
+            step[layer]
 
 
 class Model(nn.Module):

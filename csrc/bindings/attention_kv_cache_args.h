@@ -84,9 +84,13 @@ int64_t new_rows(const Params& a, const CacheArguments& given) {
                        x->size(0) == a.B && x->size(1) == a.Hk && x->size(2) == k.size(2),
                    "k and v must be (B, Hk, Sn, ...) of q's dtype");
   FASTATTN_CHECK(k.size(3) == a.D && v.size(3) == a.Dv, "k and v must have the caches' head_dims");
-  if (k.numel() + v.numel() > 0)
+  if (k.numel() + v.numel() > 0) {
     FASTATTN_CHECK(!overlaps(given.k_cache) && !overlaps(given.v_cache),
                    "no two elements of a cache may share memory");
+    FASTATTN_CHECK(given.k_cache.const_data_ptr() != given.v_cache.const_data_ptr() ||
+                       given.k_cache.numel() == 0,
+                   "v_cache must not be k_cache: both are written");
+  }
   return k.size(2);
 }
 

@@ -118,6 +118,7 @@ struct KVCacheCall {
       cache_len.push_back(first), new_len.push_back(n);
       check_pages(b, first + n);
     }
+    if (p.block_table.ptr && p.Sn > 0) check_written_pages();
     p.cache_len = cache_len.data(), p.new_len = new_len.data();
   }
 
@@ -128,6 +129,21 @@ struct KVCacheCall {
       FASTATTN_CHECK(0 <= page && page < entries, "block_table[", b, ", ", c,
                      "] must be a page in [0, ", entries, "), got ", page);
     }
+  }
+
+  // Two sequences that append to one page would write over each other; any may read it.
+  void check_written_pages() const {
+    std::vector<int64_t> written;
+    for (int64_t b = 0; b < a.B; ++b) {
+      const int64_t first = cache_len[size_t(b)], end = first + new_len[size_t(b)];
+      if (first == end) continue;
+      for (int64_t c = first / p.page_size; c * p.page_size < end; ++c)
+        written.push_back(p.block_table.at(b, c));
+    }
+    std::sort(written.begin(), written.end());
+    const auto twice = std::adjacent_find(written.begin(), written.end());
+    FASTATTN_CHECK(twice == written.end(), "block_table has page ", *twice,
+                   " twice among those that are appended to");
   }
 
   // After set_lengths.

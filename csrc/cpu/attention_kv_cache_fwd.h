@@ -115,7 +115,7 @@ CachePlan plan_cache(const Problem& prob) {
   const AttentionParams& p = prob.p;
   CachePlan plan;
   const int64_t units = p.B * p.Hk, blocks = div_up(prob.group * p.Sq, E::kBM);
-  if (units == 0) return plan;
+  if (units == 0 || blocks == 0) return plan;
   const int64_t most = std::max<int64_t>(1, kRows / E::kBM),
                 step = std::clamp<int64_t>(blocks / div_up(kItems, units), 1, most) * E::kBM,
                 others = units * div_up(prob.group * p.Sq, step);

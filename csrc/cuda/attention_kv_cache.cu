@@ -450,7 +450,8 @@ AttentionKVCachePlan attention_kv_cache_plan(const AttentionKVCacheParams& param
   const int64_t packed = int64_t(group) * p.Sq;
   AttentionKVCachePlan plan;
   plan.rows = packed <= kFewRows ? kFewRows : kManyRows;
-  plan.apart = params.cache.Sn > kAppendedByTheWay;
+  plan.apart = packed == 0 || params.cache.Sn > kAppendedByTheWay;  // without rows no way to go
+  if (packed == 0) return plan;
   const int64_t heads = int64_t(p.B) * p.Hk,
                 blocks = heads * ((packed + plan.rows - 1) / plan.rows);
   if (const Variant<CacheCall>* v = find(p, plan.rows))
@@ -469,12 +470,12 @@ Launch attention_kv_cache(const AttentionKVCacheParams& params, const AttentionK
   out.kernel = kVariants[0].kernel;
   if (!v) out.error = cudaErrorInvalidValue;
   const int64_t blocks = int64_t(p.B) * p.Hk * c.blocks * c.splits;
-  if (!v || blocks == 0) return out;
+  if (!v) return out;
   const auto then = [&](bool wanted, auto launched) {
     if (wanted && out.error == cudaSuccess) out = launched();
   };
   then(c.apart, [&] { return launch_kv_append(c, stream); });
-  then(true, [&] {
+  then(blocks > 0, [&] {
     Launch made;
     made.kernel = v->kernel;
     launch(made, *v, blocks, stream, c);

@@ -14,7 +14,8 @@ decides about them; so a step copies nothing from the device and waits for nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +86,9 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        batch, capacity = _int("batch", batch), _int("capacity", capacity)
         for name, number in (("layers", layers), ("heads", heads), ("head_dim", head_dim)):
-            if number < 1:
+            if _int(name, number) < 1:
                 raise ValueError(f"KVCache: {name} must be at least 1, got {number}")
         if batch < 0 or capacity < 0:
             raise ValueError(f"KVCache: batch {batch} and capacity {capacity} must not be negative")
@@ -173,7 +175,7 @@ class KVCache:
             new_lens: ``(B,)``, where prompts of different lengths are padded at their end to
                 ``rows``: how many are there. Default: all.
             sequences: which sequences of the cache the batch of this step is, each at most once:
-                a new request in a batch that goes on. Default: all.
+                a new request in a batch that goes on. Ints, or a bool mask ``(B,)``. Default: all.
 
         Returns:
             The step: ``step[layer].attend(q, k, v)``, ``step.positions``.
@@ -181,12 +183,10 @@ class KVCache:
         Raises:
             RuntimeError: a sequence would be longer than ``capacity``, or the pages do not suffice.
                 Nothing has changed then.
-            ValueError: arguments out of range.
+            ValueError: arguments out of range. TypeError: floats, or bools that are no mask.
         """
-        chosen = range(self.batch) if sequences is None else _ints(sequences)
-        if sequences is not None:
-            self._check_sequences(chosen)
-        counts = [rows] * len(chosen) if new_lens is None else _ints(new_lens)
+        rows, chosen = _int("rows", rows), self._chosen(sequences)
+        counts = [rows] * len(chosen) if new_lens is None else _ints("new_lens", new_lens)
         if len(counts) != len(chosen) or rows < 0 or any(not 0 <= n <= rows for n in counts):
             raise ValueError(
                 f"KVCache: new_lens must be {len(chosen)} numbers of 0 to rows={rows}, got {counts}"
@@ -233,12 +233,12 @@ class KVCache:
     def crop(self, length: int | Ints, *, sequences: Ints | None = None) -> None:
         """Forget tokens at the end: at most ``length`` (a number, or one a sequence) remain.
 
-        After speculative decoding these are the tokens accepted.
+        After speculative decoding these are the tokens accepted. ``sequences`` as in
+        :meth:`extend`: ints or a bool mask.
         """
-        chosen = range(self.batch) if sequences is None else _ints(sequences)
-        if sequences is not None:
-            self._check_sequences(chosen)
-        keep = [length] * len(chosen) if isinstance(length, int) else _ints(length)
+        chosen = self._chosen(sequences)
+        one = isinstance(length, int) or getattr(length, "ndim", None) == 0
+        keep = [_int("length", length)] * len(chosen) if one else _ints("length", length)
         if len(keep) != len(chosen) or any(n < 0 for n in keep):
             raise ValueError(
                 f"KVCache: length must be at least 0, one or {len(chosen)} numbers, got {length}"
@@ -253,7 +253,8 @@ class KVCache:
         self._upload_lengths()
 
     def reset(self, sequences: Ints | None = None) -> None:
-        """Forget all tokens, of some sequences or of all; their pages are free again."""
+        """Forget all tokens, of some sequences (ints, or a bool mask ``(B,)``: those that are done)
+        or of all; their pages are free again."""
         self.crop(0, sequences=sequences)
 
     def reorder(self, index: Ints) -> None:
@@ -263,7 +264,7 @@ class KVCache:
         ``index``: ``(B,)``. Contiguous memory is copied as far as it is used and needed; of pages
         only tables are, and a page that was begun when its sequence grows.
         """
-        new = _ints(index)
+        new = _ints("index", index)
         if len(new) != self.batch or any(not 0 <= i < self.batch for i in new):
             raise ValueError(
                 f"KVCache: index must be {self.batch} sequences of 0 to {self.batch - 1}, got {new}"
@@ -288,6 +289,7 @@ class KVCache:
 
         ``pages``: of a paged one. Default: as many more as the sequences can have more.
         """
+        capacity = _int("capacity", capacity)
         if capacity < self.capacity:
             raise ValueError(f"KVCache: capacity is {self.capacity} already, got {capacity}")
         if self._pages is None:
@@ -318,11 +320,23 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------- helpers
 
-    def _check_sequences(self, chosen: Sequence[int]) -> None:
+    def _chosen(self, sequences: Ints | None) -> Sequence[int]:
+        if sequences is None:
+            return range(self.batch)
+        mask = _mask(sequences)
+        if mask is not None:
+            if len(mask) != self.batch:
+                raise ValueError(
+                    f"KVCache: a bool mask of sequences must have shape ({self.batch},), got "
+                    f"({len(mask)},)"
+                )
+            return [b for b, on in enumerate(mask) if on]
+        chosen = _ints("sequences", sequences)
         if len(set(chosen)) != len(chosen) or any(not 0 <= b < self.batch for b in chosen):
             raise ValueError(
                 f"KVCache: sequences must be distinct, of 0 to {self.batch - 1}, got {chosen}"
             )
+        return chosen
 
     def _take_pages(
         self, pages: Pages, chosen: Sequence[int], lengths: list[int], counts: list[int]
@@ -383,9 +397,19 @@ class KVStep:
         """``(B, n)`` int64: positions of the step's tokens, for embeddings of positions."""
         return self.lens[:, None] + torch.arange(self.rows, device=self.lens.device)
 
+    def __len__(self) -> int:
+        """Layers."""
+        return len(self.k)
+
     def __getitem__(self, layer: int) -> KVLayer:
-        """The step for one layer."""
-        return KVLayer(self, layer)
+        """The step for one layer; from the last where it is negative."""
+        layers = len(self.k)
+        if not -layers <= layer < layers:
+            raise IndexError(f"KVCache: layer {layer} of a cache of {layers} layers")
+        return KVLayer(self, layer % layers)
+
+    def __iter__(self) -> Iterator[KVLayer]:
+        return (KVLayer(self, layer) for layer in range(len(self.k)))
 
 
 @dataclass(frozen=True)
@@ -408,10 +432,16 @@ class KVLayer:
             ``(B, H, n, Dv)``; rows of padding are 0.
 
         Raises:
-            ValueError: k has other rows than the step.
+            ValueError: k has other rows than the step. TypeError: no k or v.
         """
         step = self.step
-        if k.shape[2] != step.rows:
+        for name, x in (("k", k), ("v", v)):
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"KVCache: attend appends the {step.rows} rows of its step, so {name} must be "
+                    f"a Tensor, got {type(x).__name__}"
+                )
+        if k.dim() == 4 and k.shape[2] != step.rows:
             raise ValueError(
                 f"KVCache: this step was made by extend({step.rows}), got {k.shape[2]} keys"
             )
@@ -422,9 +452,39 @@ class KVLayer:
         )  # fmt: skip
 
 
-def _ints(numbers: Ints) -> list[int]:
-    values = numbers.tolist() if isinstance(numbers, Tensor) else numbers
-    return [int(n) for n in values]
+def _int(name: str, number: Any) -> int:
+    """What is an int in Python, numpy or torch; a float or a bool is a mistake."""
+    if type(number) is int:
+        return number
+    right = not (isinstance(number, bool) or (isinstance(number, Tensor) and _not_ints(number)))
+    try:
+        if right:
+            return operator.index(number)
+    except TypeError:
+        pass
+    raise TypeError(f"KVCache: {name} must be an int, got {number!r}")
+
+
+def _ints(name: str, numbers: Any) -> list[int]:
+    if isinstance(numbers, Tensor) and numbers.dim() == 1 and not _not_ints(numbers):
+        return numbers.tolist()
+    if isinstance(numbers, Tensor) or not hasattr(numbers, "__iter__"):
+        got = f"{numbers.dtype} {tuple(numbers.shape)}" if isinstance(numbers, Tensor) else numbers
+        raise TypeError(f"KVCache: {name} must be a sequence of ints or such a Tensor, got {got}")
+    return [_int(name, n) for n in numbers]
+
+
+def _not_ints(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex() or x.dtype == torch.bool
+
+
+def _mask(numbers: Any) -> list[bool] | None:
+    """Bools, one a sequence, of a Tensor, an array or a list of them; None where it is none."""
+    if isinstance(numbers, Tensor):
+        return numbers.tolist() if numbers.dtype == torch.bool and numbers.dim() == 1 else None
+    values = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    one_by_one = isinstance(values, (list, tuple)) and len(values) > 0
+    return list(values) if one_by_one and all(type(x) is bool for x in values) else None
 
 
 __all__ = ["KVCache", "KVLayer", "KVStep"]

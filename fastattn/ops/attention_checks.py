@@ -90,13 +90,23 @@ def _explain_qkv(op: str, q: Any, k: Any, v: Any, dims: int, layout: str) -> Non
 
 
 def check_broadcast(
-    op: str, name: str, x: Tensor, q: Tensor, target: tuple[Any, ...], wants_bool: bool
+    op: str,
+    name: str,
+    x: Tensor,
+    q: Tensor,
+    target: tuple[Any, ...],
+    wants_bool: bool,
+    keys: str = "Sk",
+    or_else: str = "an additive float mask goes to bias=",
 ) -> None:
-    """mask and bias: dtype, device, and every dimension 1 or that of (B, H, Sq, Sk)."""
+    """mask and bias: dtype, device, and every dimension 1 or that of (B, H, Sq, keys).
+
+    or_else: what becomes of a float mask.
+    """
     if not isinstance(x, Tensor):
         fail(op, f"{name} must be a Tensor, got {type(x).__name__}", TypeError)
     if wants_bool and x.dtype != torch.bool:
-        hint = "; an additive float mask goes to bias=" if x.is_floating_point() else ""
+        hint = f"; {or_else}" if x.is_floating_point() else ""
         fail(op, f"mask must be bool (True = takes part), got {x.dtype}{hint}", TypeError)
     if not wants_bool and x.dtype not in _FLOATS:
         hint = "; a bool mask goes to mask=" if x.dtype == torch.bool else ""
@@ -113,7 +123,7 @@ def check_broadcast(
     )
     if not ok:
         want = ", ".join("*" if t is None else str(t) for t in target)
-        fail(op, f"{name} must broadcast to (B, H, Sq, Sk) = ({want}), got shape {_shape(x)}")
+        fail(op, f"{name} must broadcast to (B, H, Sq, {keys}) = ({want}), got shape {_shape(x)}")
 
 
 def check_vector(

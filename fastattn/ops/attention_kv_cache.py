@@ -62,7 +62,8 @@ def attention_with_kv_cache(
         v_cache: (B, Hk, S, Dv) or (pages, Hk, page_size, Dv), likewise.
         cache_lens: (B,) int32 or int64, keys that the cache holds before this call; not changed.
         k, v: (B, Hk, Sn, D) and (B, Hk, Sn, Dv), appended at cache_lens[b], ... before the
-            attention; both or none.
+            attention; both or none. What is appended to must share no memory with them, with q or
+            with the other cache; of that it is noticed if both caches are one tensor.
         new_lens: (B,), of a ragged batch: only the first new_lens[b] rows of k and v are appended,
             and rows of q from there on give o = 0, lse = -inf. Needs Sq == Sn. None: all.
         block_table: (B, max_pages) int32 or int64, the page of sequence b's keys

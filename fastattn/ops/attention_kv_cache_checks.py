@@ -61,7 +61,10 @@ def check_call(call: Call) -> None:
     batch, heads, rows = q.shape[:3]
     if call.mask is not None:
         target = (batch, heads, rows, call.capacity)
-        check_broadcast(OP, "mask", call.mask, q, target, wants_bool=True)
+        check_broadcast(
+            OP, "mask", call.mask, q, target, wants_bool=True, keys="capacity",
+            or_else="none is added here; of one of 0 and -inf it is mask == 0",
+        )  # fmt: skip
     if call.alibi_slopes is not None:
         check_alibi(OP, call.alibi_slopes, q, batch, heads)
     if call.sinks is not None:
@@ -148,6 +151,10 @@ def _check_new_rows(call: Call) -> None:
                 f"{name}_cache is written in place, so no two of its elements may share memory, "
                 f"got strides {tuple(cache.stride())} for shape {_shape(cache)}",
             )
+    if type(q) is Tensor and not torch.compiler.is_compiling() and k.numel():
+        first, second = call.k_cache, call.v_cache
+        if first.numel() and first.data_ptr() == second.data_ptr():
+            fail(OP, "v_cache must not share k_cache's memory: both are written in place")
     if call.new_lens is not None:
         check_vector(OP, "new_lens", call.new_lens, q, ((q.shape[0],),), _INTS)
         if q.shape[2] != k.shape[2]:
@@ -250,6 +257,8 @@ def check_values(call: Call) -> None:
                 "pass longer tables",
                 IndexError,
             )
+    if tables is not None:
+        _check_written_pages(call, tables, lens, new)
     if call.cache_index is not None:
         _check_entries(call, call.cache_index.tolist())
 
@@ -275,6 +284,23 @@ def _check_pages(call: Call, b: int, table: list[int], total: int) -> None:
                 f"keys, got {table[p]}",
                 IndexError,
             )
+
+
+def _check_written_pages(
+    call: Call, tables: list[list[int]], lens: list[int], new: list[int]
+) -> None:
+    size = call.k_cache.shape[2]
+    writer: dict[int, int] = {}
+    for b, (at, n) in enumerate(zip(lens, new, strict=True)):
+        for p in range(at // size, -(-(at + n) // size) if n else 0):
+            page = tables[b][p]
+            if page in writer:
+                fail(
+                    OP,
+                    f"block_table[{b}, {p}] is page {page}, to which sequence {writer[page]} "
+                    "appends too: sequences may read one page, but append to pages of their own",
+                )
+            writer[page] = b
 
 
 def _check_entries(call: Call, entries: list[int]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastattn.kernels.contract import empty_as
 from fastattn.ops._eager import below_autograd
+from fastattn.ops._fakes import register_fake
 from fastattn.ops.layernorm_op import lib
 
 # window -1 = unlimited, softcap 0 = off; cos and sin are contiguous fp32, (positions, R / 2).
@@ -36,18 +37,14 @@ for _suffix in _SUFFIXES.values():
 lib.define(f"attention_kv_cache_cuda_kernel({ARGUMENTS}) -> {_RESULTS}")
 
 
-def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    # A meta tensor among others brings the dispatcher here: it must not pass for a result.
-    for x in (k_cache, v_cache, *others):
-        if isinstance(x, Tensor) and x.device != q.device:
-            raise RuntimeError(f"tensors on {q.device} and {x.device} in one call")
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     o = empty_as(q, (*q.shape[:-1], v_cache.shape[-1]))
     return o, q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 _OPS: dict[str, Any] = {}
 for _backend, _suffix in _SUFFIXES.items():
-    torch.library.register_fake(f"fastattn::attention_kv_cache{_suffix}", _fake, lib=lib)
+    register_fake(f"fastattn::attention_kv_cache{_suffix}", _fake, lib=lib)
     _OPS[_backend] = getattr(torch.ops.fastattn, f"attention_kv_cache{_suffix}").default
 
 

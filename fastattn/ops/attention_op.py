@@ -29,6 +29,7 @@ from fastattn.kernels.contract import (
     empty_as,
 )
 from fastattn.ops._eager import below_autograd, functorch_active, make_function
+from fastattn.ops._fakes import register_fake
 
 # Tensor arguments shared by both ops, then the numbers.
 _SHARED = (
@@ -369,7 +370,7 @@ class _Ops:
             (_fwd_setup, _bwd_setup), strict=True,
         ):  # fmt: skip
             full = f"fastattn::{name}"
-            torch.library.register_fake(full, fake, lib=_lib)
+            register_fake(full, fake, lib=_lib)
             torch.library.register_autograd(full, backward, setup_context=setup, lib=_lib)
             torch.library.register_vmap(full, _vmap_batched(n_lead, packet), lib=_lib)
 

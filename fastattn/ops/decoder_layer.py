@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops._eager import below_autograd
+from fastattn.ops._fakes import register_fake
 from fastattn.ops.layernorm_op import ACTIVATIONS, NORMS, lib
 
 lib.define(
@@ -104,4 +105,4 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-torch.library.register_fake("fastattn::decoder_layer", _fake, lib=lib)
+register_fake("fastattn::decoder_layer", _fake, lib=lib)

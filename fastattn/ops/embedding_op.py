@@ -19,6 +19,7 @@ from fastattn.ops._eager import (
     transformed,
     wants_grad,
 )
+from fastattn.ops._fakes import register_fake
 from fastattn.ops.layernorm_op import NORM_NAMES, lib
 
 _TENSORS = (
@@ -163,6 +164,6 @@ def forward(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
     return below_autograd(_fwd, (*tensors, *numbers, False))[0]  # type: ignore[no-any-return]
 
 
-torch.library.register_fake("fastattn::embedding_fwd", _fwd_fake, lib=lib)
-torch.library.register_fake("fastattn::embedding_bwd", _bwd_fake, lib=lib)
+register_fake("fastattn::embedding_fwd", _fwd_fake, lib=lib)
+register_fake("fastattn::embedding_bwd", _bwd_fake, lib=lib)
 torch.library.register_autograd("fastattn::embedding_fwd", _backward, setup_context=_setup, lib=lib)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastattn import choices
 from fastattn.backends import select
 from fastattn.ops._eager import below_autograd, transformed
+from fastattn.ops._fakes import register_fake
 from fastattn.ops.layernorm_op import ACTIVATIONS, lib
 from fastattn.ops.stock import encoder_layer as stock_encoder_layer
 
@@ -119,4 +120,4 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-torch.library.register_fake("fastattn::encoder_layer", _fake, lib=lib)
+register_fake("fastattn::encoder_layer", _fake, lib=lib)

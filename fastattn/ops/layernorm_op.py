@@ -22,6 +22,7 @@ from fastattn.ops._eager import (
     transformed,
     wants_grad,
 )
+from fastattn.ops._fakes import register_fake
 from fastattn.reference.layernorm_ffn import OUTPUT_SITE, dropout
 
 NORMS: dict[str | None, int] = {None: 0, "layer": 1, "rms": 2}
@@ -194,8 +195,8 @@ class _NormOps:
             "_AddLayerNorm", forward=self._eager_forward, backward=self._eager_backward
         )
         name = f"fastattn::add_layer_norm{suffix}"
-        torch.library.register_fake(f"{name}_fwd", _norm_fwd_fake, lib=lib)
-        torch.library.register_fake(f"{name}_bwd", _norm_bwd_fake, lib=lib)
+        register_fake(f"{name}_fwd", _norm_fwd_fake, lib=lib)
+        register_fake(f"{name}_bwd", _norm_bwd_fake, lib=lib)
         torch.library.register_autograd(
             f"{name}_fwd", self._backward, setup_context=_norm_setup, lib=lib
         )
@@ -301,8 +302,8 @@ class _ActOps:
             "_BiasAct", forward=self._eager_forward, backward=self._eager_backward
         )
         name = f"fastattn::bias_act{suffix}"
-        torch.library.register_fake(f"{name}_fwd", _act_fwd_fake, lib=lib)
-        torch.library.register_fake(f"{name}_bwd", _act_bwd_fake, lib=lib)
+        register_fake(f"{name}_fwd", _act_fwd_fake, lib=lib)
+        register_fake(f"{name}_bwd", _act_bwd_fake, lib=lib)
         torch.library.register_autograd(
             f"{name}_fwd", self._backward, setup_context=_act_setup, lib=lib
         )

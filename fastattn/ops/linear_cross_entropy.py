@@ -29,6 +29,7 @@ from fastattn.ops._eager import (
     transformed,
     wants_grad,
 )
+from fastattn.ops._fakes import register_fake
 from fastattn.ops.attention_checks import fail
 from fastattn.ops.layernorm_op import lib
 from fastattn.ops.products import mm
@@ -282,8 +283,8 @@ for _key in ("CPU", "CUDA"):
     lib.impl("linear_cross_entropy_fwd", _fwd_impl, _key)
     lib.impl("linear_cross_entropy_bwd", _bwd_impl, _key)
 lib.impl("cross_entropy_", _rows_by_torch, "CUDA")
-torch.library.register_fake("fastattn::linear_cross_entropy_fwd", _fwd_fake, lib=lib)
-torch.library.register_fake("fastattn::linear_cross_entropy_bwd", _bwd_fake, lib=lib)
+register_fake("fastattn::linear_cross_entropy_fwd", _fwd_fake, lib=lib)
+register_fake("fastattn::linear_cross_entropy_bwd", _bwd_fake, lib=lib)
 torch.library.register_autograd(
     "fastattn::linear_cross_entropy_fwd", _backward, setup_context=_setup, lib=lib
 )

@@ -27,6 +27,7 @@ from fastattn.ops._eager import (
     transformed,
     wants_grad,
 )
+from fastattn.ops._fakes import register_fake
 from fastattn.ops.layernorm_op import lib
 from fastattn.ops.products import addmm_, mm
 from fastattn.reference import recurrent as reference
@@ -371,8 +372,8 @@ class _Ops:
             "_RecurrentLayer", forward=self._eager_forward, backward=self._eager_backward
         )
         name = f"fastattn::recurrent_layer{suffix}"
-        torch.library.register_fake(f"{name}_fwd", _fwd_fake, lib=lib)
-        torch.library.register_fake(f"{name}_bwd", _bwd_fake, lib=lib)
+        register_fake(f"{name}_fwd", _fwd_fake, lib=lib)
+        register_fake(f"{name}_bwd", _bwd_fake, lib=lib)
         torch.library.register_autograd(
             f"{name}_fwd", self._backward, setup_context=_setup, lib=lib
         )

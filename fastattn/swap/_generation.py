@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.ops._eager import functorch_active
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_kv_cache import attention_with_kv_cache
 from fastattn.swap._block import Block
@@ -50,6 +51,9 @@ def kv_cache(model: Any, max_length: int | None = None) -> Any:
     ``model.generate`` of a swapped model makes one by itself. This is transformers' own
     ``DynamicCache`` (for an encoder-decoder an ``EncoderDecoderCache``) with layers that keep room
     for more tokens; sliding layers are transformers'. It serves a model that is not swapped too.
+    ``keys`` and ``values`` of a layer are views of that memory: after a ``crop`` the next tokens
+    are written over those that it took away, so clone what you keep. With gradients enabled tokens
+    are concatenated, as transformers does it, and nothing is overwritten.
 
     Args:
         model: a model of transformers with a decoder.
@@ -125,12 +129,15 @@ class CachedAttention(Block):
         """o, ``(B, n, H D)``, with k and v behind what the layer holds."""
         rows = k.shape[2]
         o: Tensor
+        room: tuple[Tensor, Tensor] | None
         static = type(layer).__name__ == "StaticLayer"
         if static:
             room = layer.keys, layer.values
             lens = layer.cumulative_length.expand(q.shape[0])
         else:
-            room = layer.room(k, v)
+            # Under autocast a rotation leaves q and k in float32 and v in 16 bits, which the op
+            # refuses and `attention` casts.
+            room = layer.room(k, v) if q.dtype == k.dtype == v.dtype else None
             if room is None:
                 keys, values = layer.update(k, v)
                 o = attention(
@@ -140,7 +147,7 @@ class CachedAttention(Block):
                 return o.transpose(1, 2).flatten(2)
             start = layer.get_seq_length()
             # As long as the mask, which knows no room behind the keys.
-            room = tuple(x.narrow(2, 0, start + rows) for x in room)
+            room = room[0].narrow(2, 0, start + rows), room[1].narrow(2, 0, start + rows)
             lens = lengths(q.shape[0], start, q.device)
         # A finished mask says everything, causality too; without one the rows are the last.
         o = attention_with_kv_cache(
@@ -160,15 +167,21 @@ _last_lengths: tuple[tuple[int, int], Tensor] | None = None
 def lengths(batch: int, length: int, device: torch.device) -> Tensor:
     """``(batch,)`` of one number. All layers of a step ask for the same, so on the CPU, where
     making it takes a tenth of a short attention, the last one is kept; on a GPU it might belong to
-    a graph that was captured."""
+    a graph that was captured, and what a mode of torch's makes belongs to that mode."""
     global _last_lengths
-    if torch.compiler.is_compiling() or device.type != "cpu":
+    if device.type != "cpu" or torch.compiler.is_compiling() or _watched():
         return torch.full((batch,), length, dtype=torch.int64, device=device)
     last = _last_lengths
     if last is None or last[0] != (batch, length):
-        last = (batch, length), torch.full((batch,), length, dtype=torch.int64)
+        last = (batch, length), torch.full((batch,), length, dtype=torch.int64, device=device)
         _last_lengths = last
     return last[1]
+
+
+def _watched() -> bool:
+    """Whether a mode may make something else of a tensor than it is; ``torch.device`` as a context
+    and a default device are such modes too, and leave alone what names its device."""
+    return torch._C._len_torch_dispatch_stack() > 0 or functorch_active()
 
 
 class Gpt2Attention(CachedAttention):

@@ -33,6 +33,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._k: Tensor | None = None
         self._v: Tensor | None = None
         self._length = 0
+        self._ours = False  # whether the memory is; what someone put there is not written
         super().__init__()
 
     # ----------------------------------------------------- what transformers sets and asks for
@@ -43,8 +44,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     @keys.setter
     def keys(self, keys: Any) -> None:
-        """Whatever someone puts there is taken as it is: full, and copied when a row comes."""
-        self._k = keys
+        """Whatever someone puts there is taken as it is, and copied when a row comes."""
+        self._k, self._ours = keys, False
         self._length = 0 if keys is None else keys.shape[2]
 
     @property
@@ -53,7 +54,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     @values.setter
     def values(self, values: Any) -> None:
-        self._v = values
+        self._v, self._ours = values, False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -106,26 +107,37 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def room(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor] | None:
         """Memory whose rows up to ``length`` are filled and in which these fit behind them.
 
-        None where they must be concatenated: a gradient is wanted (autograd keeps what it saved),
-        or they do not go together with what is there, and transformers decides what happens.
+        None where they must be concatenated: gradients may be wanted (a query's alone keeps the
+        keys for its backward, and nobody says here whether there is one), or they do not go
+        together with what is there, and transformers decides what happens.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        if torch.is_grad_enabled():
             return None
-        return self.room_of(tuple(key_states.shape), key_states)
+        return self._room(tuple(key_states.shape), key_states, value_states)
 
     def room_of(self, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The same for rows that are still to be computed, in the dtype and on the device of
+        """The same for rows that are still to be computed, both in the dtype and on the device of
         ``like``; no gradient is wanted."""
+        return self._room(shape, like, like)
+
+    def _room(
+        self, shape: tuple[int, ...], like_k: Tensor, like_v: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
         k, v, need = self._k, self._v, self._length + shape[2]
         assert k is not None
         assert v is not None
-        if not _alike(k, shape, like) or k.requires_grad:
+        batch, heads, _, d = k.shape
+        if (
+            (batch, heads, d) != (shape[0], shape[1], shape[3])
+            or not (_alike(k, like_k) and _alike(v, like_v))
+            or k.requires_grad
+        ):
             return None
-        if k.shape[2] < need or v.shape[2] < need or _frozen(k):
+        if not self._ours or k.shape[2] < need or v.shape[2] < need or _frozen(k):
             k, v = self._larger(k, need), self._larger(v, need)
-        self._k, self._v = k, v
+            self._k, self._v, self._ours = k, v, True
         return k, v
 
     def append(self, rows: int) -> None:
@@ -145,14 +157,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return larger
 
 
-def _alike(x: Tensor, shape: tuple[int, ...], like: Tensor) -> bool:
-    """Keys decide for the values too: one attention makes both."""
-    batch, heads, _, d = x.shape
-    return (
-        x.dtype == like.dtype
-        and x.device == like.device
-        and (batch, heads, d) == (shape[0], shape[1], shape[3])
-    )
+def _alike(x: Tensor, like: Tensor) -> bool:
+    return x.dtype == like.dtype and x.device == like.device
 
 
 def _frozen(x: Tensor) -> bool:

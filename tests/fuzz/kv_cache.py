@@ -21,7 +21,7 @@ _SIDE = st.one_of(st.none(), st.integers(0, 60))
 @st.composite
 def calls(draw: Any) -> Call:
     torch.manual_seed(draw(st.integers(0, 2**20)))
-    lens = draw(st.lists(_LENGTH, min_size=1, max_size=4))
+    lens = draw(st.lists(_LENGTH, max_size=4))
     hk, sq, ragged = draw(st.integers(1, 3)), draw(_ROWS), draw(st.booleans())
     sn = sq if ragged else draw(st.sampled_from([0, 1, 9, sq]))
     d = draw(st.sampled_from([1, 2, 5, 16, 18, 32, 40, 64, 72, 128]))
@@ -31,8 +31,8 @@ def calls(draw: Any) -> Call:
         entries = len(lens) + draw(st.integers(0, 2))
         where = {"entries": entries, "cache_index": torch.randperm(entries)[: len(lens)].tolist()}
     call = make(
-        lens, h=hk * draw(st.sampled_from([1, 1, 2, 5, 8])), hk=hk, sq=sq, sn=sn, d=d,
-        dv=draw(st.integers(1, 70)), capacity=max(lens) + sn + draw(st.integers(0, 9)),
+        lens, h=hk * draw(st.sampled_from([0, 1, 1, 2, 5, 8])), hk=hk, sq=sq, sn=sn, d=d,
+        dv=draw(st.integers(1, 70)), capacity=max(lens, default=0) + sn + draw(st.integers(0, 9)),
         page_size=page_size, dtype=draw(st.sampled_from(DTYPES)),
         new_lens=[draw(st.integers(0, sn)) for _ in lens] if ragged else None,
         layout=draw(st.sampled_from(["bhsd", "bshd"])),
@@ -42,7 +42,7 @@ def calls(draw: Any) -> Call:
     size = draw(st.sampled_from([1.0, 1.0, 1e-4, 8.0]))  # of the logits
     t["q"] = (t["q"] * size).to(t["q"].dtype)
     t |= {n: lay(draw, t[n]) for n in ("q", "k", "v") if n in t}
-    call.options |= draw(_options(call, max(lens) + sn))
+    call.options |= draw(_options(call, max(lens, default=0) + sn))
     return call
 
 
@@ -103,6 +103,9 @@ _ROLES: dict[str, spoil.Ways] = {
 def _roles(call: Call) -> dict[str, spoil.Ways]:
     """With what is wrong because a key or a position is reached."""
     roles, t = dict(_ROLES), call.tensors
+    if not len(t["cache_lens"]):  # of no sequence no value is wrong
+        for name in ("cache_lens", "new_lens", "cache_index"):
+            roles[name] = {n: way for n, way in roles[name].items() if n not in BAD_LENS}
     if bool((t["cache_lens"] > 0).any()):
         if "block_table" in t:
             roles["block_table"] = {**roles["block_table"], **BAD_LENS}

@@ -78,6 +78,18 @@ def test_a_window_needs_fewer_splits() -> None:
     assert plan(h=8, hk=1, window=(60, 60), causal=0)[1] == 1
 
 
+@pytest.mark.parametrize("sn", [0, 2, 20])
+def test_no_heads(sn: int, gpu: Device) -> None:
+    """Nobody asks, and the new rows are appended."""
+    assert plan(h=0, sn=sn, window=(60, 60)) == (16, 1, True)
+    call = make((7, 0), h=0, sq=3, sn=sn, d=16, capacity=28, page_size=5, window=(3, 0))
+    got, right = call.run("cuda"), call.run("reference")
+    assert got["o"].shape == (2, 0, 3, 16)
+    for name in CACHES:
+        assert_same_bits(name, got[name], right[name])
+    assert launched(gpu) == (["append"] if sn else [])
+
+
 # ------------------------------------------------------------------------------------ before launch
 
 
@@ -100,6 +112,7 @@ def test_a_direct_call_stays_inside_its_tensors(gpu: Device) -> None:
         "k_cache must have q's head_dim 16": {"k_cache": x(2, 2, 24, 8)},
         "head_dim up to 256, got 300": wide,
         "v_cache must have k_cache's first": {"v_cache": x(2, 2, 23, 16)},
+        "v_cache must not be k_cache": {"v_cache": right["k_cache"]},
         "stride 1 in d": {"v_cache": x(2, 2, 16, 24).mT},
         "share memory": {"k_cache": x(1, 2, 24, 16).expand(2, -1, -1, -1)},
         "heads must be a multiple": {"q": x(2, 3, 1, 16)},

@@ -86,6 +86,17 @@ def test_no_key_at_all() -> None:
     assert make((), sn=0, d=16).run("triton")["o"].shape == (0, 4, 1, 16)
 
 
+@pytest.mark.parametrize("sn", [0, 2, 20])
+def test_no_heads(sn: int) -> None:
+    """Nobody asks, and the new rows are appended."""
+    call = make((7, 0), h=0, sq=3, sn=sn, d=16, capacity=28, page_size=5, window=(3, 0))
+    got, right = call.run("triton"), call.run("reference")
+    assert got["o"].shape == (2, 0, 3, 16)
+    for name in CACHES:
+        assert torch.equal(got[name].nan_to_num(9.0), right[name].nan_to_num(9.0)), name
+    assert launches(lambda: call.run("triton")) == (["append_kernel"] if sn else [])
+
+
 @pytest.mark.parametrize(("d", "dv"), [(1, 1), (3, 5), (33, 17), (72, 128), (256, 130)])
 def test_head_dims(d: int, dv: int) -> None:
     make((17,), capacity=24, d=d, dv=dv, dtype=torch.bfloat16).judge("triton")
