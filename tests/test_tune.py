@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -145,6 +146,7 @@ BROKEN: dict[str, tuple[Callable[[Any], str], str]] = {
     "no choices": (_with(choices=None), "no choices"),
     "unknown backend": (_with(choices={CLASS: {"backend": "x", "time": 1}}), "a choice that is"),
     "not even a dict": (_with(choices={CLASS: 7}), "a choice that is"),
+    "nested without an end": (lambda stored: "[" * 200_000, "not JSON"),
 }
 
 
@@ -164,6 +166,77 @@ def test_a_bad_file_is_ignored_with_one_warning(
         choices.store({CLASS: STOCK})
     _attend()
     assert stock_calls
+
+
+@pytest.mark.parametrize("kind", ["a link to nothing", "a link to itself", "a folder", "a pipe"])
+def test_what_is_no_file_is_ignored_with_one_warning(
+    kind: str, stock_calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = choices.store({CLASS: STOCK})
+    bad = good.with_name(good.name.replace("tmp", "bad"))
+    if kind.startswith("a link"):
+        bad.symlink_to("absent" if kind == "a link to nothing" else bad.name)
+    elif kind == "a folder":
+        bad.mkdir()
+    else:
+        os.mkfifo(bad)
+    choices.forget()
+    with pytest.warns(UserWarning, match=re.escape(str(bad))) as caught:
+        _attend_twice()
+    assert len(caught) == 1
+    assert len(stock_calls) == 1  # the other file counts
+    with pytest.warns(UserWarning, match=re.escape(str(bad))):
+        choices.store({"x": OURS})
+    with pytest.warns(UserWarning, match=re.escape(str(bad))):
+        assert set(choices.load().entries) == {CLASS, "x"}
+
+
+def test_a_file_that_another_writer_replaces_is_read_where_it_went(
+    stock_calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = choices.store({CLASS: STOCK})
+    choices.forget()
+    plain = choices._text_of
+
+    def late(file: Path) -> str:
+        if file == first and first.exists():
+            monkeypatch.setattr(choices, "_text_of", plain)
+            first.rename(first.with_name(first.name.replace("tmp", "new")))
+        return plain(file)
+
+    monkeypatch.setattr(choices, "_text_of", late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _attend()
+    assert stock_calls
+
+
+def test_choices_follow_the_thread_count(stock_calls: list[int]) -> None:
+    threads = torch.get_num_threads()
+    choices.store({CLASS: STOCK})
+    _attend()
+    assert len(stock_calls) == 1
+    torch.set_num_threads(threads + 1)
+    with pytest.warns(UserWarning, match="thread count") as caught:
+        _attend_twice()
+    assert (len(caught), len(stock_calls)) == (1, 1)
+    torch.set_num_threads(threads)
+    _attend()
+    assert len(stock_calls) == 2
+    torch.set_num_threads(threads + 1)
+    with warnings.catch_warnings():  # read once a count
+        warnings.simplefilter("error")
+        _attend_twice()
+    assert len(stock_calls) == 2
+    choices.store({CLASS: STOCK})
+    _attend()
+    assert len(stock_calls) == 3
+    torch.set_num_threads(threads)
+    choices.store({CLASS: OURS})
+    _attend()
+    torch.set_num_threads(threads + 1)
+    _attend()
+    assert len(stock_calls) == 4
 
 
 def test_only_foreign_files(cache: Path, stock_calls: list[int]) -> None:
@@ -212,9 +285,7 @@ def test_two_writers_lose_nothing(cache: Path) -> None:
         for names in (("a", "b"), ("b", "a"))
     ]
     assert [w.wait(300) for w in writers] == [0, 0]
-    choices.load()
-    assert choices._entries is not None
-    assert set(choices._entries) == {f"{who} {i}" for who in "ab" for i in range(40)}
+    assert set(choices.load().entries) == {f"{who} {i}" for who in "ab" for i in range(40)}
     assert not list(cache.glob("*.part"))
     assert len(list(cache.glob("tune-*.json"))) <= 2
 
@@ -381,7 +452,7 @@ def test_a_model_is_tuned_and_auto_takes_what_was_chosen(monkeypatch: pytest.Mon
     assert kinds == ["encoder_layer", "lstm"] * 2  # two lengths
     with torch.no_grad():
         torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-    assert len(choices._entries or {}) == 8
+    assert len(choices.load().entries) == 8
 
 
 def test_examples_come_in_three_forms() -> None:

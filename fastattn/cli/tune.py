@@ -100,7 +100,7 @@ def _calls(path: Path, training: bool) -> tuple[Any, Any]:
         calls = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Mistake(f"{path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Mistake(f"{path} is not JSON") from None
     if not isinstance(calls, list) or not calls:
         raise Mistake(f"{path} must hold a list of calls, and is none or empty")
