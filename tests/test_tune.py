@@ -312,6 +312,13 @@ def alone():
 inputs = torch.zeros(3, 8)
 def nothing():
     return 7
+three = 3
+narrow = torch.zeros(3, 7)
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        return {}["x"]
+def broken():
+    return Broken()
 """
 
 
@@ -366,7 +373,40 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "not a list": ("dict.json", "must hold a list of calls"),
     "unknown op": ("op.json", "call 0: op must be one of"),
     "missing size": ("size.json", r"missing: ['S', 'D']"),
-    "bad size": ("bad.json", "H must be a int, got -3"),
+    "bad size": ("bad.json", "H must be an int of at least 1, got -3"),
+    "nested without an end": ("deep.json", "is not JSON"),
+    "op that is none": ("op_list.json", "call 0: op must be one of"),
+    "dtype that is none": ("dtype_list.json", "dtype must be one of"),
+    "flag that is none": ("flag.json", "causal must be true or false, got 1"),
+    "device that is none": ("device_int.json", "device must be a string"),
+    "no such device": ("device.json", "call 0: Expected one of cpu, cuda"),
+    "too large": ("large.json", "can't allocate memory"),
+    "larger than a tensor can be": ("larger.json", "call 0: Storage size calculation overflowed"),
+    "larger than 64 bits": ("largest.json", "Overflow when unpacking"),
+    "inputs that are none": ("mine.py:alone --inputs mine.py:three", "is no tensor, tuple or dict"),
+    "inputs of another model": ("mine.py:alone --inputs mine.py:narrow", "x must end in"),
+    "a model that raises": (
+        "mine.py:broken --inputs mine.py:inputs",
+        "raised KeyError: 'x'",
+    ),
+}
+_ROWS = '[{"op": "layer_norm", "rows": %s, "D": 8}]'
+FILES = {
+    "mine.py": MODEL,
+    "text.json": "[",
+    "deep.json": "[" * 200_000,
+    "dict.json": "{}",
+    "op.json": '[{"op": "convolution"}]',
+    "op_list.json": '[{"op": ["attention"]}]',
+    "size.json": '[{"op": "attention", "H": 2}]',
+    "bad.json": '[{"op": "attention", "H": -3, "S": 1, "D": 1}]',
+    "dtype_list.json": '[{"op": "layer_norm", "rows": 1, "D": 8, "dtype": ["fp32"]}]',
+    "flag.json": '[{"op": "attention", "H": 1, "S": 1, "D": 8, "causal": 1}]',
+    "device_int.json": '[{"op": "layer_norm", "rows": 1, "D": 8, "device": 3}]',
+    "device.json": '[{"op": "layer_norm", "rows": 1, "D": 8, "device": "abacus"}]',
+    "large.json": _ROWS % 10**13,
+    "larger.json": _ROWS % 2**62,
+    "largest.json": _ROWS % 10**30,
 }
 
 
@@ -374,19 +414,15 @@ MISTAKES: dict[str, tuple[str, str]] = {
 def test_mistakes_are_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    (tmp_path / "mine.py").write_text(MODEL)
-    (tmp_path / "text.json").write_text("[")
-    (tmp_path / "dict.json").write_text("{}")
-    (tmp_path / "op.json").write_text('[{"op": "convolution"}]')
-    (tmp_path / "size.json").write_text('[{"op": "attention", "H": 2}]')
-    (tmp_path / "bad.json").write_text('[{"op": "attention", "H": -3, "S": 1, "D": 1}]')
+    for file, text in FILES.items():
+        (tmp_path / file).write_text(text)
     monkeypatch.chdir(tmp_path)
     what, why = MISTAKES[name]
-    done = _command(what)
-    assert done.exit_code == 2
+    done = _command(*what.split())
+    assert done.exit_code == 2, done.output
     assert why in done.stderr
     assert done.stderr.startswith("fastattn tune: ")
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert len(done.stderr.splitlines()) == 1
     assert not cache.exists()
 
 
