@@ -66,6 +66,8 @@ except ImportError as error:  # built without: backend="cuda" says so by name
     _C_CUDA_ERROR = str(error)
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+# Torch has no op of these, so they take no backend="torch" and fastattn.tune leaves them alone.
+WITHOUT_STOCK = ("attention_with_kv_cache", "linear_cross_entropy", "decoder_layer")
 
 _AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -380,7 +382,7 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int
         ValueError: an unknown backend, or an explicit one that cannot serve the call.
     """
     if not isinstance(backend, str):
-        raise TypeError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
+        raise TypeError(f"fastattn::{op}: backend must be one of {_names(op)}, got {backend!r}")
     # A compiled graph must not depend on what eager calls leave here: it would be compiled again.
     compiling = torch.compiler.is_compiling()
     chosen = None if compiling else _chosen.get((op, backend, device, dtype))
@@ -448,6 +450,11 @@ def _order(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     return _AUTO.get(device, ("reference",))
 
 
+def _names(op: str) -> tuple[str, ...]:
+    """What an op takes as ``backend``: most ops know torch's own too (``choices.py``)."""
+    return BACKENDS if op in WITHOUT_STOCK else (*BACKENDS, "torch")
+
+
 def _select(
     op: str,
     backend: str,
@@ -457,7 +464,7 @@ def _select(
     order: tuple[str, ...] | None = None,
 ) -> str:
     if backend not in BACKENDS:
-        raise ValueError(f"fastattn::{op}: backend must be one of {BACKENDS}, got {backend!r}")
+        raise ValueError(f"fastattn::{op}: backend must be one of {_names(op)}, got {backend!r}")
     if backend != "auto":
         why = _why_not(op, backend, device, dtype, head_dim)
         if why is not None:

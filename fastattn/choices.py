@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import sys
 import tempfile
 import time
@@ -56,12 +57,25 @@ class Call(NamedTuple):
     width: int = 0
 
 
-# Class of calls -> {"backend": name, "usual": the table's, "time": when it was measured,
-# "seconds": {name: median}}.
-_entries: dict[str, dict[str, Any]] | None = None  # None: not read yet
-_ops: frozenset[str] = frozenset()  # those with a choice other than the table's
+class Known(NamedTuple):
+    """The choices for a thread count.
+
+    Attributes:
+        entries: class of calls -> {"backend": name, "usual": the table's, "time": when it was
+            measured, "seconds": {name: median}}.
+        ops: those with a choice other than the table's.
+        memo: what :func:`pick` found, by op and key.
+    """
+
+    entries: dict[str, dict[str, Any]]
+    ops: frozenset[str]
+    memo: dict[tuple[str, tuple[Any, ...]], str | None]
+
+
+# By thread count, as far as they were read; of _ANY where nobody has stored anything.
+_known: dict[int, Known] = {}
+_ANY = 0
 _MEMO = 4096
-_memo: dict[tuple[str, tuple[Any, ...]], str | None] = {}
 # What fastattn.tune listens with while it looks for calls.
 observer: Callable[[str, Call], None] | None = None
 
@@ -73,9 +87,12 @@ def wanted(op: str, backend: str) -> bool:
         return backend == STOCK
     if torch.compiler.is_compiling():
         return False
-    if _entries is None:
-        load()
-    return op in _ops or observer is not None
+    return op in _now().ops or observer is not None
+
+
+def _now() -> Known:
+    """The choices for the thread count of this moment."""
+    return _known.get(_ANY) or _known.get(torch.get_num_threads()) or load()
 
 
 def pick(op: str, backend: str, key: tuple[Any, ...], describe: Callable[[], Call]) -> str | None:
@@ -98,19 +115,20 @@ def pick(op: str, backend: str, key: tuple[Any, ...], describe: Callable[[], Cal
         return STOCK
     if observer is not None:
         observer(op, describe())
+    known = _now()
     try:
-        return _memo[op, key]
+        return known.memo[op, key]
     except TypeError:  # symbolic sizes have no hash, and no class
         return None
     except KeyError:
-        if len(_memo) >= _MEMO:  # of a server that sees any length
-            _memo.clear()
-        _memo[op, key] = chosen = _of_class(op, describe())
+        if len(known.memo) >= _MEMO:  # of a server that sees any length
+            known.memo.clear()
+        known.memo[op, key] = chosen = _of_class(op, describe(), known)
         return chosen
 
 
-def _of_class(op: str, call: Call) -> str | None:
-    entry = (_entries or {}).get(name_of(op, call))
+def _of_class(op: str, call: Call, known: Known) -> str | None:
+    entry = known.entries.get(name_of(op, call))
     if entry is None:
         return None
     chosen: str = entry["backend"]
@@ -182,40 +200,34 @@ def _digest(of: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def load() -> None:
-    """Read the choices of this machine. Called by the first ``auto``."""
-    global _entries, _ops
-    _entries, _ = _read()
-    changed = (n for n, entry in _entries.items() if entry["backend"] != entry.get("usual"))
-    _ops = frozenset(name.partition(" ")[0] for name in changed)
-    _memo.clear()
+def load() -> Known:
+    """Read the choices of this machine for its thread count. Called by the first ``auto``."""
+    threads = torch.get_num_threads()
+    files, entries, _ = _read()
+    changed = (n for n, entry in entries.items() if entry["backend"] != entry.get("usual"))
+    known = Known(entries, frozenset(name.partition(" ")[0] for name in changed), {})
+    _known[threads if files else _ANY] = known
+    return known
 
 
-def _read(storing: bool = False) -> tuple[dict[str, dict[str, Any]], list[Path]]:
-    """The choices of this machine, and the files that they are from; one warning for all that is
-    wrong, but for other machines' choices while storing some for this one."""
-    try:
-        files = sorted(folder().glob("tune-*.json"))
-    except (OSError, RuntimeError):  # no home
-        return {}, []
-    if not files:
-        return {}, []
-    here = machine()
-    mine = [f for f in files if f.name.startswith(f"tune-{_digest(here)}-")]
-    entries: dict[str, dict[str, Any]] = {}
-    read, wrong = [], []
-    for file in mine:
-        try:
-            found = _parse(file.read_text(encoding="utf-8"), here)
-        except FileNotFoundError:  # another writer has it in a newer file
-            return _read(storing)
-        except (OSError, ValueError) as error:
-            wrong.append(f"{file}: {error}")
-            continue
-        read.append(file)
-        for name, entry in found.items():
-            if name not in entries or entries[name]["time"] < entry["time"]:
-                entries[name] = entry
+def _read(storing: bool = False) -> tuple[bool, dict[str, dict[str, Any]], list[Path]]:
+    """Whether anybody stored anything, the choices of this machine, and the files that they are
+    from; one warning for all that is wrong, but for other machines' choices while storing some for
+    this one."""
+    missing: set[Path] = set()
+    while True:
+        files = _listed()
+        if not files:
+            return False, {}, []
+        here = machine()
+        mine = [f for f in files if f.name.startswith(f"tune-{_digest(here)}-")]
+        entries, read, wrong, gone = _collect(mine, here)
+        # A writer has what was in a file that is gone in a newer one. No name is used twice: what
+        # is listed again and is not there is a link to nothing.
+        if gone <= missing:
+            break
+        missing |= gone
+    wrong += [f"{file}: it leads to no file" for file in sorted(gone)]
     if wrong:
         text = "; ".join(wrong)
         warnings.warn(f"fastattn ignores what `fastattn tune` stored in {text}", stacklevel=2)
@@ -225,14 +237,50 @@ def _read(storing: bool = False) -> tuple[dict[str, dict[str, Any]], list[Path]]
             "machine, thread count or version; run it again here",
             stacklevel=2,
         )
-    return entries, read
+    return True, entries, read
+
+
+def _listed() -> list[Path]:
+    try:
+        return sorted(folder().glob("tune-*.json"))
+    except (OSError, RuntimeError):  # no home
+        return []
+
+
+def _collect(
+    files: list[Path], here: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[Path], list[str], set[Path]]:
+    """The newest choices in the files, which were read, what is wrong with others, which are not
+    there."""
+    entries: dict[str, dict[str, Any]] = {}
+    read, wrong, gone = [], [], set()
+    for file in files:
+        try:
+            found = _parse(_text_of(file), here)
+        except FileNotFoundError:
+            gone.add(file)
+            continue
+        except (OSError, ValueError) as error:
+            wrong.append(f"{file}: {error}")
+            continue
+        read.append(file)
+        for name, entry in found.items():
+            if name not in entries or entries[name]["time"] < entry["time"]:
+                entries[name] = entry
+    return entries, read, wrong, gone
+
+
+def _text_of(file: Path) -> str:
+    if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe would wait for its writer
+        raise ValueError("not a file")
+    return file.read_text(encoding="utf-8")
 
 
 def _parse(text: str, here: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The choices in a file; ValueError names what is wrong with it."""
     try:
         stored = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets nested without an end
         raise ValueError("not JSON") from None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise ValueError(f"not of format {FORMAT}")
@@ -263,7 +311,7 @@ def store(found: dict[str, dict[str, Any]]) -> Path:
     now = time.time()
     target = folder()
     target.mkdir(parents=True, exist_ok=True)
-    known, read = _read(storing=True)
+    _, known, read = _read(storing=True)
     known |= {name: {**entry, "time": now} for name, entry in found.items()}
     here = machine()
     text = json.dumps({"format": FORMAT, "machine": here, "choices": known}, indent=1)
@@ -280,12 +328,11 @@ def store(found: dict[str, dict[str, Any]]) -> Path:
         raise
     for old in read:  # all of it is in the new file
         old.unlink(missing_ok=True)
+    forget()
     load()
     return path
 
 
 def forget() -> None:
     """Let the next ``auto`` read the choices anew."""
-    global _entries
-    _entries = None
-    _memo.clear()
+    _known.clear()

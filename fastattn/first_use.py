@@ -122,7 +122,7 @@ def forget() -> None:
     with _lock:
         _verdicts = {}
         generation += 1
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):
             cache_file().unlink(missing_ok=True)
 
 
@@ -168,12 +168,17 @@ def cache_file() -> Path:
     return Path(cache) / "fastattn" / "first_use.json"
 
 
+# A file that is missing, damaged or of another shape. RuntimeError: brackets nested without an end,
+# or a user without a home.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+
+
 def _load() -> dict[str, Verdict]:
     global _verdicts
     if _verdicts is None:
         _verdicts = {}
-        # A file that is missing, damaged or of another environment says nothing.
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        # What cannot be read, or is of another environment, says nothing.
+        with contextlib.suppress(*_UNREADABLE):
             saved: dict[str, Any] = json.loads(cache_file().read_text())
             if saved["environment"] == environment():
                 _verdicts = {key: Verdict(**v) for key, v in saved["verdicts"].items()}
@@ -181,13 +186,13 @@ def _load() -> dict[str, Verdict]:
 
 
 def _save(verdicts: dict[str, Verdict]) -> None:
-    path = cache_file()
     text = json.dumps(
         {"environment": environment(), "verdicts": {k: asdict(v) for k, v in verdicts.items()}},
         indent=1, sort_keys=True,
     )  # fmt: skip
     # A home that cannot be written to costs a check a process, no more.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):
+        path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all, for two processes may write at once.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)

@@ -4,6 +4,7 @@ import os
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from recurrent_layers import CELLS, Call, judge, make, weights_for
 from tools import DTYPES, assert_within
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastattn
 from fastattn import reference
@@ -105,12 +106,27 @@ W = weights_for("lstm", 4, 6)
 X = torch.randn(5, 3, 4)
 H = torch.randn(1, 3, 6)
 PACKED = pack_padded_sequence(X, torch.tensor([5, 4, 2]))
+
+
+def packed(sizes: list[Any], B: int | None = None) -> PackedSequence:
+    """Five rows, made by hand."""
+    order = None if B is None else torch.arange(B)
+    dtype = torch.float32 if sizes and isinstance(sizes[0], float) else torch.int64
+    return PackedSequence(X[:, 0], torch.tensor(sizes, dtype=dtype), order, order)
+
+
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x_list": ({"x": [[1.0]]}, TypeError, "x must be a Tensor, got list"),
     "x_int": ({"x": torch.ones(5, 3, 4, dtype=torch.long)}, TypeError, "x must be float32"),
     "x_dims": ({"x": torch.randn(4)}, ValueError, r"x must have shape \(T, B, I\).*got \(4,\)"),
-    "x_features": ({"x": X[..., :3]}, ValueError, r"w_ih must have shape \(24, 3\)"),
-    "dtype": ({"x": X.bfloat16()}, TypeError, "w_ih must have x's dtype torch.bfloat16, got"),
+    "x_features": (
+        {"x": X[..., :3]}, ValueError, r"x must have 4 features, got 3 \(x has shape \(5, 3, 3\), "
+        r"w_ih \(24, 4\)\)",
+    ),
+    "dtype": ({"x": X.bfloat16()}, TypeError, "x must have the weights' dtype torch.float32, got "
+              "torch.bfloat16"),
+    "device": ({"x": X.to("meta")}, ValueError, "x must be on the weights' device cpu, got meta"),
+    "dtype_of_one": ({"weights": [W[0].double(), *W[1:]]}, TypeError, "w_ih must have x's dtype"),
     "state_one": ({"state": H}, TypeError, r"state must be a pair \(h, c\) or None, got Tensor"),
     "state_three": ({"state": (H, H, H)}, TypeError, "got tuple of 3"),
     "state_half": ({"state": (H, None)}, TypeError, r"state\[1\] must be a Tensor, got NoneType"),
@@ -142,14 +158,24 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lengths_shape": ({"lengths": [5, 2]}, ValueError, r"shape \(3,\), one a sequence, got \(2,\)"),
     "lengths_float": ({"lengths": torch.ones(3)}, TypeError, "int32 or int64, got torch.float32"),
     "lengths_int": ({"lengths": 3}, TypeError, "a sequence of ints, got int"),
-    "lengths_floats": ({"lengths": [1.0, 2, 3]}, TypeError, "lengths must be ints"),
+    "lengths_floats": ({"lengths": [1.0, 2, 3]}, TypeError, "lengths must be ints, got 1.0"),
+    "lengths_bools": ({"lengths": [True, 2, 3]}, TypeError, "lengths must be ints, got True"),
+    "lengths_numpy": ({"lengths": np.ones(3)}, TypeError, "lengths must be ints, got 1.0"),
+    "lengths_numpy_one": ({"lengths": np.int64(3)}, TypeError, "a sequence of ints, got int"),
+    "packed_rise": ({"x": packed([2, 3])}, ValueError, r"fall from the number of sequences, 2, "
+                    r"got \[2, 3\]"),
+    "packed_rows": ({"x": packed([3, 3])}, ValueError, "add up to x.data's 5 rows, got 6"),
+    "packed_negative": ({"x": packed([6, -1])}, ValueError, r"got \[6, -1\]"),
+    "packed_few": ({"x": packed([3, 2], 4)}, ValueError, "number of sequences, 4, got"),
+    "packed_none": ({"x": packed([])}, ValueError, "add up to x.data's 5 rows, got 0"),
+    "packed_floats": ({"x": packed([3.0, 2.0])}, TypeError, "int64, got a Tensor of shape"),
     "lengths_packed": ({"x": PACKED, "lengths": [5, 4, 2]}, ValueError, "x is a PackedSequence"),
     "lengths_one": ({"x": X[:, 0], "lengths": [5]}, ValueError, "x is one sequence"),
     "dropout": ({"dropout_p": 1.1}, ValueError, r"dropout_p must be in \[0, 1\], got 1.1"),
     "recurrent_dropout": ({"recurrent_dropout_p": 1.0}, ValueError, r"in \[0, 1\), got 1.0"),
     "dropout_bool": ({"dropout_p": True}, TypeError, "dropout_p must be a float, got True"),
     "seed": ({"seed": 1.5}, TypeError, "seed must be an int"),
-    "backend": ({"backend": "fpga"}, ValueError, "backend must be one of"),
+    "backend": ({"backend": "fpga"}, ValueError, "backend must be one of .*'torch'"),
 }  # fmt: skip
 
 
@@ -165,7 +191,8 @@ def test_wrong_calls(name: str) -> None:
 CELL_WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x": ({"x": None}, TypeError, "x must be a Tensor"),
     "dims": ({"x": X}, ValueError, r"x must have shape \(B, I\)"),
-    "features": ({"x": torch.randn(3, 5)}, ValueError, r"w_ih must have shape \(24, 5\)"),
+    "features": ({"x": torch.randn(3, 5)}, ValueError, r"x must have 4 features, got 5"),
+    "x_dtype": ({"x": X[0].double()}, TypeError, "x must have the weights' dtype torch.float32"),
     "h": ({"state": (H[0, :2], H[0])}, ValueError, r"h must have shape \(3, 6\)"),
     "c": ({"state": (H[0], H[0, :, :5])}, ValueError, r"c must have shape \(3, 6\)"),
     "c_none": ({"state": (H[0], None)}, TypeError, "c must be a Tensor"),

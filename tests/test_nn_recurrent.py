@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from swap_tools import copies, judge_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves
 
 import fastattn
+from fastattn.backends import PerformanceWarning
 
 I_, H = 5, 7
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -24,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "projection": {"proj_size": 3},
     "projection_all": {"proj_size": 3, "num_layers": 2, "bidirectional": True, "bias": False},
 }
+MODULES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 OF = {"relu": ("RNN",), "projection": ("LSTM",), "projection_all": ("LSTM",)}
 LAYERS = [(n, o) for o in OPTIONS for n in OF.get(o, ("LSTM", "GRU", "RNN"))]
 CELLS = [("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}), ("GRUCell", {"bias": False}),
@@ -122,6 +126,59 @@ def test_16_bits(name: str, dtype: torch.dtype) -> None:
     stock, fused = pair(name, num_layers=2, bidirectional=True, dtype=dtype)
     x = torch.randn(6, 4, I_).to(dtype)
     judge_model(stock, fused, lambda m, t: flat(m(x.to(t))))
+
+
+# oneDNN trains no LSTM in fp16.
+AUTOCAST = [(n, t) for n in MODULES for t in (torch.bfloat16, torch.float16)
+            if (n, t) != ("LSTM", torch.float16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_state", [True, False], ids=["state", "no_state"])
+@pytest.mark.parametrize(("name", "low"), AUTOCAST, ids=str)
+def test_autocast_is_torchs(
+    name: str, with_state: bool, given: torch.dtype, low: torch.dtype
+) -> None:
+    """dtypes of results and gradients; values within twice the error of torch's."""
+    stock, fused = pair(name, 16, 32)
+    cell = name.endswith("Cell")
+    x = torch.randn(*(() if cell else (5,)), 3, 16)
+    hx = tuple(torch.randn(*(() if cell else (1,)), 3, 32) for _ in range(2))
+    state: Any = None if not with_state else hx if name.startswith("LSTM") else hx[0]
+
+    def call(m: nn.Module, t: torch.dtype) -> Any:
+        on = t != torch.float64
+        with torch.autocast("cpu", low, enabled=on):
+            out = m(x.to(given if on else t), state if on or state is None else cast(state, t))
+        if not cell:
+            return flat(out)
+        return dict(zip("hc", out if isinstance(out, tuple) else (out,), strict=False))
+
+    right, got = (call(m, torch.float32) for m in (stock, fused))
+    assert {n: y.dtype for n, y in got.items()} == {n: y.dtype for n, y in right.items()}
+    judge_model(stock, fused, call)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_autocast_compiles(name: str) -> None:
+    _, fused = pair(name)
+    x = torch.randn(*(() if name.endswith("Cell") else (6,)), 4, I_)
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        right, got = fused(x), compiled(x)
+    torch.testing.assert_close(got, right)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_meta(name: str) -> None:
+    """Shapes without values."""
+    stock, fused = pair(name, I_, H, device="meta")
+    x = torch.empty(*(() if name.endswith("Cell") else (6,)), 4, I_, device="meta")
+    with warnings.catch_warnings():  # that no kernel runs
+        warnings.simplefilter("ignore", PerformanceWarning)
+        right, got = stock(x), fused(x)
+    for a, b in zip(tree_leaves(got), tree_leaves(right), strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
@@ -228,8 +285,8 @@ def test_wrong_input() -> None:
     fused = fastattn.nn.LSTM(I_, H)
     x = torch.randn(6, 4, I_)
     for arguments, kind, message in (
-        ((x.double(),), TypeError, "w_ih must have x's dtype torch.float64"),
-        ((torch.randn(6, 4, I_ + 1),), ValueError, r"w_ih must have shape \(28, 6\)"),
+        ((x.double(),), TypeError, "x must have the weights' dtype torch.float32, got"),
+        ((torch.randn(6, 4, I_ + 1),), ValueError, "x must have 5 features, got 6"),
         ((x, (torch.zeros(1, 5, H),) * 2), ValueError, r"state\[0\] must have shape \(1, 4, 7\)"),
         ((x, torch.zeros(1, 4, H)), TypeError, "state must be a pair"),
         ((x, None, [1, 2, 3]), ValueError, "one a sequence"),

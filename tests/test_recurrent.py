@@ -4,6 +4,7 @@ lengths, packed sequences, masks, empty inputs, torch's machinery."""
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from recurrent_layers import CELLS, Call, judge, make, weights_for
@@ -123,7 +124,13 @@ def test_what_lies_beyond_never_leaks(cell: str, D: int, backend: str) -> None:
     assert not got["dx"][beyond].any()
 
 
-@pytest.mark.parametrize("form", [list, torch.tensor, lambda n: torch.tensor(n).int()])
+FORMS: list[Any] = [
+    list, torch.tensor, lambda n: torch.tensor(n).int(), np.array, lambda n: [*np.array(n)],
+    lambda n: np.array(n, np.int32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_forms_of_lengths(form: Any, backend: str) -> None:
     call = make("gru", B=4, batch_first=True)
     results = [
@@ -346,7 +353,9 @@ def test_autocast(cell: str, kernel: str) -> None:
     low = Call(call.op, call.x.bfloat16(), [w.bfloat16() for w in call.weights],
                tuple(s.bfloat16() for s in call.state or ()), call.kwargs)  # fmt: skip
     right = low.results(fastattn, backend=kernel)
-    assert got["y"].dtype == torch.bfloat16
+    # torch has no rule for a GRU on a CPU, and carries its state as it was given.
+    wide = cell == "gru" and call.x.device.type == "cpu"
+    assert got["y"].dtype == (torch.float32 if wide else torch.bfloat16)
     assert got["dw0"].dtype == torch.float32
     for name, x in right.items():
         torch.testing.assert_close(got[name].bfloat16(), x)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -145,6 +146,7 @@ BROKEN: dict[str, tuple[Callable[[Any], str], str]] = {
     "no choices": (_with(choices=None), "no choices"),
     "unknown backend": (_with(choices={CLASS: {"backend": "x", "time": 1}}), "a choice that is"),
     "not even a dict": (_with(choices={CLASS: 7}), "a choice that is"),
+    "nested without an end": (lambda stored: "[" * 200_000, "not JSON"),
 }
 
 
@@ -164,6 +166,77 @@ def test_a_bad_file_is_ignored_with_one_warning(
         choices.store({CLASS: STOCK})
     _attend()
     assert stock_calls
+
+
+@pytest.mark.parametrize("kind", ["a link to nothing", "a link to itself", "a folder", "a pipe"])
+def test_what_is_no_file_is_ignored_with_one_warning(
+    kind: str, stock_calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = choices.store({CLASS: STOCK})
+    bad = good.with_name(good.name.replace("tmp", "bad"))
+    if kind.startswith("a link"):
+        bad.symlink_to("absent" if kind == "a link to nothing" else bad.name)
+    elif kind == "a folder":
+        bad.mkdir()
+    else:
+        os.mkfifo(bad)
+    choices.forget()
+    with pytest.warns(UserWarning, match=re.escape(str(bad))) as caught:
+        _attend_twice()
+    assert len(caught) == 1
+    assert len(stock_calls) == 1  # the other file counts
+    with pytest.warns(UserWarning, match=re.escape(str(bad))):
+        choices.store({"x": OURS})
+    with pytest.warns(UserWarning, match=re.escape(str(bad))):
+        assert set(choices.load().entries) == {CLASS, "x"}
+
+
+def test_a_file_that_another_writer_replaces_is_read_where_it_went(
+    stock_calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = choices.store({CLASS: STOCK})
+    choices.forget()
+    plain = choices._text_of
+
+    def late(file: Path) -> str:
+        if file == first and first.exists():
+            monkeypatch.setattr(choices, "_text_of", plain)
+            first.rename(first.with_name(first.name.replace("tmp", "new")))
+        return plain(file)
+
+    monkeypatch.setattr(choices, "_text_of", late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _attend()
+    assert stock_calls
+
+
+def test_choices_follow_the_thread_count(stock_calls: list[int]) -> None:
+    threads = torch.get_num_threads()
+    choices.store({CLASS: STOCK})
+    _attend()
+    assert len(stock_calls) == 1
+    torch.set_num_threads(threads + 1)
+    with pytest.warns(UserWarning, match="thread count") as caught:
+        _attend_twice()
+    assert (len(caught), len(stock_calls)) == (1, 1)
+    torch.set_num_threads(threads)
+    _attend()
+    assert len(stock_calls) == 2
+    torch.set_num_threads(threads + 1)
+    with warnings.catch_warnings():  # read once a count
+        warnings.simplefilter("error")
+        _attend_twice()
+    assert len(stock_calls) == 2
+    choices.store({CLASS: STOCK})
+    _attend()
+    assert len(stock_calls) == 3
+    torch.set_num_threads(threads)
+    choices.store({CLASS: OURS})
+    _attend()
+    torch.set_num_threads(threads + 1)
+    _attend()
+    assert len(stock_calls) == 4
 
 
 def test_only_foreign_files(cache: Path, stock_calls: list[int]) -> None:
@@ -212,9 +285,7 @@ def test_two_writers_lose_nothing(cache: Path) -> None:
         for names in (("a", "b"), ("b", "a"))
     ]
     assert [w.wait(300) for w in writers] == [0, 0]
-    choices.load()
-    assert choices._entries is not None
-    assert set(choices._entries) == {f"{who} {i}" for who in "ab" for i in range(40)}
+    assert set(choices.load().entries) == {f"{who} {i}" for who in "ab" for i in range(40)}
     assert not list(cache.glob("*.part"))
     assert len(list(cache.glob("tune-*.json"))) <= 2
 
@@ -241,6 +312,13 @@ def alone():
 inputs = torch.zeros(3, 8)
 def nothing():
     return 7
+three = 3
+narrow = torch.zeros(3, 7)
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        return {}["x"]
+def broken():
+    return Broken()
 """
 
 
@@ -295,7 +373,40 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "not a list": ("dict.json", "must hold a list of calls"),
     "unknown op": ("op.json", "call 0: op must be one of"),
     "missing size": ("size.json", r"missing: ['S', 'D']"),
-    "bad size": ("bad.json", "H must be a int, got -3"),
+    "bad size": ("bad.json", "H must be an int of at least 1, got -3"),
+    "nested without an end": ("deep.json", "is not JSON"),
+    "op that is none": ("op_list.json", "call 0: op must be one of"),
+    "dtype that is none": ("dtype_list.json", "dtype must be one of"),
+    "flag that is none": ("flag.json", "causal must be true or false, got 1"),
+    "device that is none": ("device_int.json", "device must be a string"),
+    "no such device": ("device.json", "call 0: Expected one of cpu, cuda"),
+    "too large": ("large.json", "can't allocate memory"),
+    "larger than a tensor can be": ("larger.json", "call 0: Storage size calculation overflowed"),
+    "larger than 64 bits": ("largest.json", "Overflow when unpacking"),
+    "inputs that are none": ("mine.py:alone --inputs mine.py:three", "is no tensor, tuple or dict"),
+    "inputs of another model": ("mine.py:alone --inputs mine.py:narrow", "x must end in"),
+    "a model that raises": (
+        "mine.py:broken --inputs mine.py:inputs",
+        "raised KeyError: 'x'",
+    ),
+}
+_ROWS = '[{"op": "layer_norm", "rows": %s, "D": 8}]'
+FILES = {
+    "mine.py": MODEL,
+    "text.json": "[",
+    "deep.json": "[" * 200_000,
+    "dict.json": "{}",
+    "op.json": '[{"op": "convolution"}]',
+    "op_list.json": '[{"op": ["attention"]}]',
+    "size.json": '[{"op": "attention", "H": 2}]',
+    "bad.json": '[{"op": "attention", "H": -3, "S": 1, "D": 1}]',
+    "dtype_list.json": '[{"op": "layer_norm", "rows": 1, "D": 8, "dtype": ["fp32"]}]',
+    "flag.json": '[{"op": "attention", "H": 1, "S": 1, "D": 8, "causal": 1}]',
+    "device_int.json": '[{"op": "layer_norm", "rows": 1, "D": 8, "device": 3}]',
+    "device.json": '[{"op": "layer_norm", "rows": 1, "D": 8, "device": "abacus"}]',
+    "large.json": _ROWS % 10**13,
+    "larger.json": _ROWS % 2**62,
+    "largest.json": _ROWS % 10**30,
 }
 
 
@@ -303,19 +414,15 @@ MISTAKES: dict[str, tuple[str, str]] = {
 def test_mistakes_are_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    (tmp_path / "mine.py").write_text(MODEL)
-    (tmp_path / "text.json").write_text("[")
-    (tmp_path / "dict.json").write_text("{}")
-    (tmp_path / "op.json").write_text('[{"op": "convolution"}]')
-    (tmp_path / "size.json").write_text('[{"op": "attention", "H": 2}]')
-    (tmp_path / "bad.json").write_text('[{"op": "attention", "H": -3, "S": 1, "D": 1}]')
+    for file, text in FILES.items():
+        (tmp_path / file).write_text(text)
     monkeypatch.chdir(tmp_path)
     what, why = MISTAKES[name]
-    done = _command(what)
-    assert done.exit_code == 2
+    done = _command(*what.split())
+    assert done.exit_code == 2, done.output
     assert why in done.stderr
     assert done.stderr.startswith("fastattn tune: ")
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert len(done.stderr.splitlines()) == 1
     assert not cache.exists()
 
 
@@ -381,7 +488,7 @@ def test_a_model_is_tuned_and_auto_takes_what_was_chosen(monkeypatch: pytest.Mon
     assert kinds == ["encoder_layer", "lstm"] * 2  # two lengths
     with torch.no_grad():
         torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-    assert len(choices._entries or {}) == 8
+    assert len(choices.load().entries) == 8
 
 
 def test_examples_come_in_three_forms() -> None:

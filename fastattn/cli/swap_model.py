@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,18 @@ def load_model(spec: str, *, weights: bool) -> nn.Module:
 
 def load_inputs(spec: str) -> Inputs:
     """Positional and keyword arguments of a call, from what `spec` names."""
-    found = called(spec)
+    return as_inputs(f"--inputs {spec}", called(spec))
+
+
+def as_inputs(what: str, found: Any) -> Inputs:
+    """Positional and keyword arguments; `what`: names `found` in the error."""
     if isinstance(found, torch.Tensor):
         return (found,), {}
     if isinstance(found, tuple):
         return found, {}
-    if isinstance(found, dict):
-        return (), found
-    raise Mistake(f"--inputs {spec} is no tensor, tuple or dict but {_a(found)}")
+    if isinstance(found, Mapping):  # a tokenizer's BatchEncoding too
+        return (), dict(found)
+    raise Mistake(f"{what} is no tensor, tuple or dict but {_a(found)}")
 
 
 def token_inputs(model: nn.Module, batch: int, tokens: int | None) -> Inputs:

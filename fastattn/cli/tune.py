@@ -10,7 +10,7 @@ import torch
 
 import fastattn
 from fastattn.cli._mistakes import Mistake
-from fastattn.cli.swap_model import called, load_model, token_inputs
+from fastattn.cli.swap_model import as_inputs, called, load_model, token_inputs, users_code
 from fastattn.cli.tune_calls import make
 
 
@@ -32,13 +32,22 @@ def run(
                 model, examples, training=training, seconds=seconds, store=not dry,
                 progress=progress,
             )  # fmt: skip
-        except (ValueError, OSError) as error:
-            raise Mistake(str(error)) from None
+        except (ValueError, OSError, RuntimeError) as error:  # of memory too
+            raise Mistake(_line(error)) from None
     rows = [
         {"class": r.name, "chosen": r.chosen, "usual": r.usual, "gain": r.gain,
          "seconds": r.seconds} for r in report.rows
     ]  # fmt: skip
     return {"path": str(report.path) if report.path else None, "rows": rows}
+
+
+def _line(error: Exception) -> str:
+    """What is wrong, without the frames that torch adds."""
+    return str(error.args[0] if error.args else error).strip().partition("\n")[0]
+
+
+# By our ops, and by torch: no such device, no memory, a size beyond 64 bits.
+_REFUSED = (TypeError, ValueError, RuntimeError, AssertionError, OverflowError)
 
 
 @contextlib.contextmanager
@@ -48,7 +57,9 @@ def _bar() -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal  # it would leave an empty line
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("looking for calls", total=None)
 
         def progress(done: int, of: int, name: str) -> None:
@@ -75,7 +86,7 @@ def render(result: dict[str, Any]) -> None:
 
 
 def _model(what: str, inputs: str | None, training: bool) -> tuple[Any, Any]:
-    """The swapped model, and what it is called with."""
+    """A call of the swapped model, and what it is called with."""
     given: Any = None
     if Path(what).is_dir():
         found: Any = load_model(what, weights=True)
@@ -89,9 +100,16 @@ def _model(what: str, inputs: str | None, training: bool) -> tuple[Any, Any]:
         given = called(inputs)
     if given is None:
         given = token_inputs(found, 1, 128)[1]
+    for example in given if isinstance(given, list) else [given]:
+        as_inputs("what the model is called with" if inputs is None else inputs, example)
     found.train(training)
     fastattn.swap(found)
-    return found, given
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with users_code(what):
+            return found(*args, **kwargs)
+
+    return call, given
 
 
 def _calls(path: Path, training: bool) -> tuple[Any, Any]:
@@ -100,7 +118,7 @@ def _calls(path: Path, training: bool) -> tuple[Any, Any]:
         calls = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Mistake(f"{path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Mistake(f"{path} is not JSON") from None
     if not isinstance(calls, list) or not calls:
         raise Mistake(f"{path} must hold a list of calls, and is none or empty")
@@ -108,6 +126,6 @@ def _calls(path: Path, training: bool) -> tuple[Any, Any]:
     for i, call in enumerate(calls):
         try:
             thunks.append(make(call, training))
-        except (TypeError, ValueError, KeyError) as error:
-            raise Mistake(f"{path}, call {i}: {error.args[0] if error.args else error}") from None
+        except _REFUSED as error:
+            raise Mistake(f"{path}, call {i}: {_line(error)}") from None
     return (lambda thunk: thunk()), [(thunk,) for thunk in thunks]

@@ -31,7 +31,7 @@ def make(call: Any, training: bool) -> Callable[[], object]:
     Raises:
         ValueError: what is wrong with it.
     """
-    if not isinstance(call, dict) or call.get("op") not in _SIZES:
+    if not isinstance(call, dict) or call.get("op") not in [*_SIZES]:  # a list has no hash
         raise ValueError(f"op must be one of {[*_SIZES]}, got {call!r}")
     op, known = call["op"], _SIZES[call["op"]]
     given = {k: v for k, v in call.items() if k not in ("op", "dtype", "device")}
@@ -40,20 +40,31 @@ def make(call: Any, training: bool) -> Callable[[], object]:
     if unknown or missing:
         raise ValueError(f"{op} takes {[*known]}; unknown: {unknown}, missing: {missing}")
     for name, value in given.items():
-        default = known[name]
-        kind = type(default) if isinstance(default, (bool, str)) else int
-        least = 0 if default == 0 else 1
-        if type(value) is not kind or (kind is int and int(value) < least):
-            raise ValueError(f"{op}: {name} must be a {kind.__name__}, got {value!r}")
-    if call.get("dtype", "fp32") not in _DTYPES:
+        _check_value(op, name, value, known[name])
+    if call.get("dtype", "fp32") not in [*_DTYPES]:
         raise ValueError(f"dtype must be one of {[*_DTYPES]}, got {call['dtype']!r}")
     device = call.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str):
+        raise ValueError(f"device must be a string such as 'cuda:1', got {device!r}")
 
     def leaf(*shape: int) -> Tensor:
         x = torch.randn(shape, dtype=_DTYPES[call.get("dtype", "fp32")], device=device)
         return (x / shape[-1] ** 0.5 if len(shape) == 2 else x).requires_grad_(training)
 
     return _thunk(op, {**known, **given}, leaf)
+
+
+def _check_value(op: str, name: str, value: Any, default: Any) -> None:
+    if isinstance(default, bool):
+        good, what = isinstance(value, bool), "true or false"
+    elif isinstance(default, str):
+        good, what = isinstance(value, str), "a string"
+    else:
+        least = 0 if default == 0 else 1
+        good = type(value) is int and value >= least
+        what = f"an int of at least {least}"
+    if not good:
+        raise ValueError(f"{op}: {name} must be {what}, got {value!r}")
 
 
 def _thunk(op: str, n: dict[str, Any], leaf: Callable[..., Tensor]) -> Callable[[], object]:

@@ -41,6 +41,14 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in tensors)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's for tensors of that device, None where it is off; torch raises for "meta"."""
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def eager(x: Tensor) -> bool:
     """Whether no compiler and no mode of torch's looks on."""
     return (

@@ -13,7 +13,7 @@ from fastattn.backends import select
 from fastattn.ops import attention_checks as check
 from fastattn.ops import attention_cuda, attention_triton  # noqa: F401  register implementations
 from fastattn.ops import attention_op as op
-from fastattn.ops._eager import wants_grad
+from fastattn.ops._eager import autocast_dtype, wants_grad
 from fastattn.ops.stock import attention as stock_attention
 
 Causal = bool | Literal["bottom_right"]
@@ -202,11 +202,9 @@ def attention_varlen(
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k, v take its dtype (float64 stays); bias and sinks keep theirs."""
-    if not isinstance(q, Tensor) or q.device.type == "meta":
+    dtype = autocast_dtype(q.device) if isinstance(q, Tensor) else None
+    if dtype is None:
         return q, k, v
-    if not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = (
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
         else x

@@ -11,7 +11,7 @@ from fastattn.backends import of_part, select_layernorm_ffn
 from fastattn.ops import layernorm_checks as check
 from fastattn.ops import layernorm_ffn_cuda  # noqa: F401  registers implementations
 from fastattn.ops import layernorm_ffn_op as op
-from fastattn.ops._eager import wants_grad
+from fastattn.ops._eager import autocast_dtype, wants_grad
 from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import check_bool, fail, seed_tensor
 from fastattn.ops.layernorm import ACTIVATIONS, Activation, NormName
@@ -191,9 +191,9 @@ def _autocast(
     is 16-bit of another kind."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x, w1, w2, w_gate
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x, w1, w2, w_gate
-    dtype = torch.get_autocast_dtype(x.device.type)
     w1, w2, w_gate = (w.to(dtype) if isinstance(w, Tensor) else w for w in (w1, w2, w_gate))
     if x.dtype not in (torch.float32, dtype):
         x = x.to(dtype)

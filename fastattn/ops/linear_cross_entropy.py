@@ -23,6 +23,7 @@ from fastattn import reference
 from fastattn.backends import select
 from fastattn.ops import layernorm_checks as check
 from fastattn.ops._eager import (
+    autocast_dtype,
     below_autograd,
     differentiable_gradients,
     make_function,
@@ -359,11 +360,11 @@ def linear_cross_entropy(
 
 def _autocast(x: Any, weight: Any) -> tuple[Any, Any]:
     """Under autocast the products are in its dtype; a float32 weight stays, with its gradient."""
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.device.type == "meta":
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         return x, weight
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype not in check.FLOATS[:3]:
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype not in check.FLOATS[:3]:
         return x, weight
-    dtype = torch.get_autocast_dtype(x.device.type)
     if weight.dtype not in (torch.float32, dtype):
         weight = weight.to(dtype)
     return x.to(dtype), weight

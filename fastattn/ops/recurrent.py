@@ -18,7 +18,7 @@ from fastattn.backends import select
 from fastattn.ops import recurrent_checks as check
 from fastattn.ops import recurrent_gpu  # noqa: F401  registers implementations
 from fastattn.ops import recurrent_rows as layout
-from fastattn.ops._eager import transformed, wants_grad
+from fastattn.ops._eager import autocast_dtype, transformed, wants_grad
 from fastattn.ops._guard import as_named
 from fastattn.ops.attention_checks import fail, seed_tensor
 from fastattn.ops.layernorm import add_layer_norm
@@ -27,7 +27,7 @@ from fastattn.ops.recurrent_step import fused, step
 from fastattn.ops.stock import recurrent as stock_layers
 from fastattn.ops.stock import recurrent_cell as stock_cell
 from fastattn.reference.dropout import draw_seed
-from fastattn.reference.recurrent import GATES, LSTM, Weights, cell_step, layer_seed, stack
+from fastattn.reference.recurrent import GATES, GRU, LSTM, Weights, cell_step, layer_seed, stack
 
 
 def pair(op: str, state: Any) -> tuple[Any, Any]:
@@ -71,13 +71,22 @@ def run(
     packed = type(x) is not Tensor and isinstance(x, PackedSequence)
     data = x.data if packed else x
     dims = check.check_x(op, data, packed, batch_first)
-    if torch.is_autocast_enabled(data.device.type):
-        data, h, c, weights = _autocast(data, h, c, weights)
+    dtype = autocast_dtype(data.device)
+    if dtype is not None:
+        # GRU's alone: torch's LSTM and RNN give the autocast dtype.
+        wide = cell == GRU and _carried_wide(dtype, data, h)
+        data, h, c, weights = _cast(dtype, data, h, c, weights)
         x = PackedSequence(data, *x[1:]) if packed else data
+        if wide:
+            with torch.autocast("cpu", enabled=False):
+                y, h_n, c_n = run(op, cell, x, h, c, weights, options)
+            y = PackedSequence(y.data.float(), *y[1:]) if packed else y.float()
+            return y, h_n.float(), c_n
     layers = check.check_layers(op, weights, data, D, cell)
     one = dims == 2 and not packed  # one sequence, without a dimension of the batch
     if packed:
         B = layout.batch_of_packed(x)
+        check.check_packed(op, data.shape[0], x.batch_sizes, B)
     else:
         B = 1 if one else data.shape[0 if batch_first else 1]
     if h is not None or c is not None:
@@ -275,19 +284,28 @@ def _check_states(
         check.check_goes_with(op, "state[1]", c, x, (count, *batch, gate_rows // GATES[LSTM]), what)
 
 
-def _autocast(
-    x: Tensor, h: Tensor | None, c: Tensor | None, weights: Any
-) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
-    """Under autocast everything takes its dtype (float64 stays)."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    wide = (torch.float32, torch.bfloat16, torch.float16)
+def _cast(dtype: torch.dtype, *given: Any) -> list[Any]:
+    """Tensors, also in tuples and lists, in a dtype of autocast's (float64 stays)."""
 
     def cast(x: Any) -> Any:
         if isinstance(x, Tensor):
-            return x.to(dtype) if x.dtype in wide else x
+            return x.to(dtype) if x.dtype in _CAST else x
         return type(x)(map(cast, x)) if isinstance(x, (tuple, list)) else x
 
-    return cast(x), cast(h), cast(c), cast(weights)
+    return [cast(x) for x in given]
+
+
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _carried_wide(dtype: torch.dtype, x: Tensor, state: Any) -> bool:
+    """Whether torch carries a state in fp32 through its cells and its GRU on a CPU under autocast,
+    which has no rule for them: products alone are in its dtype, and the state keeps its own, that
+    of x where none is given."""
+    if x.device.type != "cpu":
+        return False
+    kept = state.dtype if isinstance(state, Tensor) else x.dtype
+    return torch.promote_types(dtype, kept) == torch.float32
 
 
 def run_cell(
@@ -300,8 +318,15 @@ def run_cell(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """One step, h and c after it; x (B, I), states (B, H) or None, or all without B."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        x, h, c, weights = _autocast(x, h, c, weights)
+    dtype = autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    if dtype is not None:
+        # A loop over a cell would round its state once a step: all of it in fp32, which is no
+        # slower than casting the weights in every step. torch's RNN cell gives the autocast dtype.
+        if cell in (LSTM, GRU) and _carried_wide(dtype, x, c if cell == LSTM else h):
+            x, h, c, weights = _cast(torch.float32, x, h, c, weights)
+            with torch.autocast("cpu", enabled=False):
+                return run_cell(op, cell, x, h, c, weights, backend)
+        x, h, c, weights = _cast(dtype, x, h, c, weights)
     H = check.check_cell(op, x, h, c, weights, cell)
     chosen = None
     if choices.wanted(op, backend):

@@ -7,6 +7,7 @@ Lengths are read on the CPU always and on another device only under
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ def check_layers(
     for i, entries in enumerate(layers):
         for d, entry in enumerate(entries):
             if entry[4] is not None or not plainly_right(*entry[:4], x, features, cell, H):
+                if i == d == 0:
+                    check_x_fits(op, "w_ih", entry[0], [w for e in layers for y in e for w in y], x)
                 _check_entry(op, i * directions + d, entry, x, (rows, features, H, P), cell)
         features = P * directions
     return layers
@@ -127,6 +130,21 @@ def plainly_right(
         )
     except (AttributeError, ValueError):  # no tensors, no matrix
         return False
+
+
+def check_x_fits(op: str, name: str, w_ih: Any, weights: Sequence[Any], x: Tensor) -> None:
+    """Where the weights agree with one another, x is what is wrong."""
+    tensors = [w for w in weights if w is not None]
+    if not all(isinstance(w, Tensor) for w in tensors):
+        return  # named below
+    dtypes, devices = {w.dtype for w in tensors}, {w.device for w in tensors}
+    if len(dtypes) == 1 and x.dtype not in dtypes:
+        fail(op, f"x must have the weights' dtype {dtypes.pop()}, got {x.dtype}", TypeError)
+    if len(devices) == 1 and x.device not in devices:
+        fail(op, f"x must be on the weights' device {devices.pop()}, got {x.device}")
+    if w_ih.dim() == 2 and w_ih.shape[1] != x.shape[-1]:
+        shape = f"x has shape {tuple(x.shape)}, {name} {tuple(w_ih.shape)}"
+        fail(op, f"x must have {w_ih.shape[1]} features, got {x.shape[-1]} ({shape})")
 
 
 def _check_entries(op: str, weights: Any, gates: int) -> None:
@@ -194,15 +212,18 @@ def _check_entry(
 def check_lengths(op: str, lengths: Any, T: int, B: int) -> Tensor:
     """(B,) int32 or int64; their values where they can be read."""
     if not isinstance(lengths, Tensor):
+        if hasattr(lengths, "__array__") and hasattr(lengths, "tolist"):  # of NumPy
+            lengths = lengths.tolist()
         if not isinstance(lengths, Sequence) or isinstance(lengths, str):
             fail(
                 op,
                 f"lengths must be a Tensor or a sequence of ints, got {type(lengths).__name__}",
                 TypeError,
             )
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in lengths):
-            fail(op, "lengths must be ints", TypeError)
-        lengths = torch.tensor(lengths, dtype=torch.int64)
+        for n in lengths:
+            if isinstance(n, bool) or not hasattr(n, "__index__"):
+                fail(op, f"lengths must be ints, got {n!r}", TypeError)
+        lengths = torch.tensor([index(n) for n in lengths], dtype=torch.int64)
     if lengths.dtype not in (torch.int32, torch.int64):
         fail(op, f"lengths must be int32 or int64, got {lengths.dtype}", TypeError)
     if lengths.shape != (B,):
@@ -214,6 +235,22 @@ def check_lengths(op: str, lengths: Any, T: int, B: int) -> Tensor:
         if least < 0 or most > T:
             fail(op, f"lengths must be in [0, {T}], got {least if least < 0 else most}")
     return lengths  # type: ignore[no-any-return]
+
+
+def check_packed(op: str, rows: int, sizes: Tensor, B: int) -> None:
+    """batch_sizes of a PackedSequence, which anybody can make by hand; they lie on the CPU."""
+    if torch.compiler.is_compiling():
+        return
+    if sizes.dtype not in (torch.int32, torch.int64) or sizes.dim() != 1:
+        fail(op, f"x.batch_sizes must be one dimension of int64, got {_describe(sizes)} of "
+                 f"{sizes.dtype}", TypeError)  # fmt: skip
+    counts = sizes.tolist()
+    if not counts:
+        counts = [0]
+    if counts[0] != B or counts[-1] < 0 or counts != sorted(counts, reverse=True):
+        fail(op, f"x.batch_sizes must fall from the number of sequences, {B}, got {counts}")
+    if sum(counts) != rows:
+        fail(op, f"x.batch_sizes must add up to x.data's {rows} rows, got {sum(counts)}")
 
 
 def check_probability(op: str, name: str, p: Any, most: float) -> None:
@@ -241,6 +278,7 @@ def check_cell(op: str, x: Any, h: Any, c: Any, weights: tuple[Any, ...], cell: 
     rows, H = w_hh.shape
     if rows != GATES[cell] * H:
         fail(op, f"w_hh must have {GATES[cell]} H rows and H columns, got {tuple(w_hh.shape)}")
+    check_x_fits(op, "w_ih", w_ih, weights, x)
     for i, given in enumerate(weights):
         if given is not None or i < 2:
             shape = ((rows, x.shape[-1]), (rows, H))[i] if i < 2 else (rows,)

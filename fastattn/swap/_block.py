@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.nn._plain import activation_name, anyone_hooks_all, hooked
+from fastattn.ops._eager import autocast_dtype
 
 _TORCH = {
     "linear": ("torch.nn.modules.linear", ("Linear",)),
@@ -83,7 +84,7 @@ class Block:
             for path, what in self.PARTS
             if what in ("linear", "conv1d")
         }
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is not None:
             return len(dtypes) <= 1
         return dtypes <= {x.dtype}
 

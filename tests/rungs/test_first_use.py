@@ -180,7 +180,7 @@ def test_not_while_a_graph_is_captured() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", "[]", '{"environment": {}, "verdicts": {}}', '{"verdicts": 3}']
+    "damage", ["{", "[]", '{"environment": {}, "verdicts": {}}', '{"verdicts": 3}', "[" * 200_000]
 )
 def test_a_damaged_or_foreign_file_says_nothing(
     damage: str, monkeypatch: pytest.MonkeyPatch
@@ -204,6 +204,17 @@ def test_another_driver_checks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    assert first_use.trusted("attention", "sm_80", "x", lambda: None)
+    assert [v.variant for v in first_use.verdicts()] == ["x"]
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTATTN_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
     assert first_use.trusted("attention", "sm_80", "x", lambda: None)
     assert [v.variant for v in first_use.verdicts()] == ["x"]
 
