@@ -54,7 +54,8 @@ def attention_kv_cache(
     values = _arguments(q, k_cache, v_cache, cache_lens, rest)
     rows = values["group"] * Sq
     family = configs.family_of(q.device)
-    config = configs.cache_config(family, q.dtype, q.shape[3], Dv, rows)
+    laden = values["mask_ptr"] is not None or not values["PLAIN"]
+    config = configs.cache_config(family, q.dtype, q.shape[3], Dv, rows, laden)
     programs = B * Hk * -(-rows // config.BLOCK_M)
     tiles = _tiles(values, config, rows)
     apart = values["Sn"] > _FUSED_ROWS

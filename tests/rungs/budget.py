@@ -148,10 +148,10 @@ def full() -> list[Row]:
     found += row_rows(ARCHS, ["bf16", "fp32"], row_budget.WIDTHS, ["rows"])
     found += row_rows(ARCHS, ["bf16", "fp32"], [768], ["everything"])
     found += block_rows(ARCHS, ["bf16", "fp32"])
-    found += cache_rows(ARCHS, ["bf16", "fp32"], HEAD_DIMS, ["decode", "many rows"])
-    found += cache_rows(ARCHS, ["bf16"], [64, 128], ["paged", "cache everything"])
-    found += recurrent_rows(ARCHS, ["bf16"], recurrent_budget.FEATURES)
-    found += recurrent_rows(ARCHS, ["fp32"], recurrent_budget.FEATURES_FP32)
+    for dtype, features in cache_budget.FEATURES.items():
+        found += cache_rows(ARCHS, [dtype], HEAD_DIMS, features)
+    for dtype, features in recurrent_budget.FEATURES.items():
+        found += recurrent_rows(ARCHS, [dtype], features)
     return found
 
 
