@@ -54,7 +54,8 @@ def attention_kv_cache(
     values = _arguments(q, k_cache, v_cache, cache_lens, rest)
     rows = values["group"] * Sq
     family = configs.family_of(q.device)
-    config = configs.cache_config(family, q.dtype, q.shape[3], Dv, rows)
+    laden = values["mask_ptr"] is not None or not values["PLAIN"]
+    config = configs.cache_config(family, q.dtype, q.shape[3], Dv, rows, laden)
     values["PAGED"] = _paging(values, config)
     if H == 0:  # nobody attends, but the new rows are appended
         with device_of(q):

@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton attention kernels: one table, one function that reads it.
+"""Tile sizes of the Triton attention kernels (over a cache too): one table, and what reads it.
 
 A row is (BLOCK_M, BLOCK_N, num_warps, num_stages). Nothing here was timed on hardware: the 16-bit
 forward starts from PyTorch's flex_attention defaults, the rest from FlashAttention-2's tiles, and
@@ -29,6 +29,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
+_Tiles = dict[tuple[str, str], dict[int, tuple[int, int, int, int]]]
 _16_BIT = {
     "fwd": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     "rows": {32: (64, 64, 4, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
@@ -87,11 +88,32 @@ _CACHE_SPECIAL = {
     ("gfx9", "few"): dict.fromkeys((32, 64, 128, 256), (16, 32, 4, 1)),
     ("gfx9", "many"): dict.fromkeys((32, 64, 128, 256), (32, 32, 4, 1)),
 }
+# The same with a mask, softcap or ALiBi, where the tile above spilled.
+_CACHE_LADEN: _Tiles = {
+    ("sm80", "many"): {128: (64, 32, 4, 2)},
+    ("sm86", "many"): {128: (64, 32, 4, 2)},
+    ("sm120", "few"): {64: (16, 64, 4, 2)},
+    ("sm120", "many"): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2)},
+}
 _CACHE_FP32 = {
     "few": {32: (16, 64, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     "many": {32: (32, 32, 4, 2), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
-_CACHE_FP32_SPECIAL: dict[tuple[str, str], dict[int, tuple[int, int, int, int]]] = {}
+_CACHE_FP32_SPECIAL: _Tiles = {
+    ("sm90", "many"): {64: (32, 16, 8, 1), 256: (16, 16, 16, 1)},
+    ("sm100", "few"): {64: (16, 32, 8, 2), 256: (16, 16, 16, 1)},
+    ("sm100", "many"): {256: (16, 32, 8, 1)},
+    ("sm120", "few"): {256: (16, 16, 16, 1)},
+}
+_CACHE_FP32_LADEN: _Tiles = {
+    ("sm86", "few"): {256: (16, 16, 4, 1)},
+    ("sm86", "many"): {256: (16, 16, 4, 1)},
+    ("sm90", "few"): {32: (16, 64, 8, 2), 256: (16, 16, 4, 1)},
+    ("sm90", "many"): {256: (16, 16, 4, 1)},
+    ("sm100", "few"): {256: (16, 16, 4, 1)},
+    ("sm100", "many"): {256: (16, 16, 4, 1)},
+    ("sm120", "many"): {32: (32, 32, 8, 2)},
+}
 # Triton's interpreter: small tiles, not square, so that a short sequence has several of them.
 _CPU = {
     "fwd": (32, 16, 1, 1),
@@ -137,17 +159,19 @@ def config(
 
 @lru_cache
 def cache_config(
-    family: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, rows: int
-) -> Config:  # fmt: skip
-    """The tile of attention over a cache; rows: of q for a kv head, those of its group packed."""
+    family: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, rows: int, laden: bool
+) -> Config:
+    """The tile of attention over a cache; rows: of q for a kv head, those of its group packed.
+    laden: there is a mask, softcap or ALiBi."""
     size = max(32, bucket(head_dim, head_dim_v))
     work = "few" if rows <= 16 else "many"
     if family == "cpu":
         return Config(16 if work == "few" else 32, 16, 1, 1)
-    table, special = _CACHE, _CACHE_SPECIAL
+    table, special, more = _CACHE, _CACHE_SPECIAL, _CACHE_LADEN
     if dtype == torch.float32:
-        table, special = _CACHE_FP32, _CACHE_FP32_SPECIAL
-    return Config(*special.get((family, work), {}).get(size, table[work][size]))
+        table, special, more = _CACHE_FP32, _CACHE_FP32_SPECIAL, _CACHE_FP32_LADEN
+    plain = special.get((family, work), {}).get(size, table[work][size])
+    return Config(*(more.get((family, work), {}).get(size, plain) if laden else plain))
 
 
 def multiprocessors(device: torch.device) -> int:

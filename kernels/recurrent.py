@@ -44,6 +44,13 @@ _WEIGHTS = {
     "sm80": 128 << 10, "sm86": 64 << 10, "sm90": 128 << 10, "sm100": 128 << 10, "sm120": 64 << 10,
     "gfx9": 24 << 10, "cpu": 64 << 10,
 }  # fmt: skip
+# Warps of the sequence tier's fp32 kernels, by family, gates, units and whether backward, where the
+# rule's spill: two to four instructions of ptxas, 50 on gfx942, of whose 16 warps a lane has 128
+# registers.
+_FP32_WARPS = {
+    ("sm80", 1, 64, False): 4, ("sm86", 3, 64, True): 8, ("sm90", 4, 32, True): 4,
+    ("sm120", 1, 64, True): 8, ("gfx9", 1, 64, True): 8,
+}  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -140,14 +147,19 @@ def _width(H: int) -> int:
     return max(16, triton.next_power_of_2(H))
 
 
-def sequence_tile(H: int, dtype: torch.dtype, cpu: bool, backward: bool) -> Tile:
+def sequence_tile(cell: int, H: int, dtype: torch.dtype, family: str, backward: bool) -> Tile:
     """Warps share the units: 16 a warp forward, up to 8 warps; 8 in fp32, whose operands of a
     product live in registers, and half as many backward, up to 16 warps: with twice as many a warp
     ptxas spilled two registers of a GRU on sm_89 and sm_90, and of an fp32 LSTM on sm_86."""
-    if cpu:
-        return Tile(16, _width(H), 0, 1, 1)
-    each = 16 // (1 + backward) // (1 + (dtype == torch.float32))
-    return Tile(16, _width(H), 0, min(16 if backward else 8, max(4, _width(H) // each)), 1)
+    width = _width(H)
+    if family == "cpu":
+        return Tile(16, width, 0, 1, 1)
+    fp32 = dtype == torch.float32
+    warps = max(4, width // (16 // (1 + backward) // (1 + fp32)))
+    warps = min(16 if backward else 8, warps)
+    if fp32:
+        warps = _FP32_WARPS.get((family, GATES[cell], width, backward), warps)
+    return Tile(16, width, 0, warps, 1)
 
 
 def step_tile(B: int, depth: int, dtype: torch.dtype, cpu: bool, backward: bool) -> Tile:
@@ -204,7 +216,8 @@ def _forward_sequence(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     h0, c0, D, B = call.h0, call.c0, *call.h0.shape[:2]
     h_n, c_n = torch.empty_like(h0), h0.new_empty((0,)) if c0 is None else torch.empty_like(c0)
-    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0), backward=False)
+    family = configs.family_of(h0.device)
+    tile = sequence_tile(call.cell, call.H, h0.dtype, family, backward=False)
     launch(
         recurrent_sequence_kernel, (D * triton.cdiv(B, tile.BLOCK_B),), gx, *pair(call.w_hh),
         *pair(b_hn), h0, c0, call.h_mask, call.offsets, call.lengths, y, h_n,
@@ -305,7 +318,8 @@ def _backward_sequence(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     h0, c0, D, B = call.h0, call.c0, *call.h0.shape[:2]
     dh0, dc0 = torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)
-    tile = sequence_tile(call.H, h0.dtype, on_cpu(h0), backward=True)
+    family = configs.family_of(h0.device)
+    tile = sequence_tile(call.cell, call.H, h0.dtype, family, backward=True)
     launch(
         recurrent_sequence_backward_kernel, (D * triton.cdiv(B, tile.BLOCK_B),), dy, dh_n, dc_n, y,
         gates, cells, *pair(call.w_hh), h0, c0, call.h_mask, call.offsets, call.lengths, dgx, dghn,

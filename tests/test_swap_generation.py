@@ -257,6 +257,7 @@ def test_layer_does_what_transformers_does(change: str) -> None:
     alike(ours, stock)
 
 
+@torch.no_grad()
 def test_layer_appends_in_place() -> None:
     """A row moves nothing while there is room; then half as much again is made."""
     ours, _ = pair()
@@ -268,6 +269,7 @@ def test_layer_appends_in_place() -> None:
     assert moved <= 6
 
 
+@torch.no_grad()
 def test_layer_takes_no_more_than_the_limit() -> None:
     layer = GrowingLayer(limit=6)
     layer.update(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))

@@ -134,11 +134,14 @@ def sample() -> list[Row]:
     of = recurrent_budget.KERNELS
     found += recurrent_rows(["sm_80", "gfx942"], ["bf16"], ["lstm few"], of[2:4])
     found += recurrent_rows(["sm_86", "sm_90"], ["bf16"], ["gru whole"], of[:2])
+    found += recurrent_rows(["sm_80"], ["fp32"], ["rnn whole"], of[:1])
+    found += recurrent_rows(["sm_86"], ["fp32"], ["gru whole"], of[1:2])
     found += [
         row for row in cache_rows(["sm_80", "sm_86", "sm_90", "sm_120"], ["bf16"], [128], ["paged"])
         if row.launch.name not in NO_DOT
     ]  # fmt: skip
     found += cache_rows(["sm_80"], ["bf16"], [64], ["decode"])
+    found += cache_rows(["sm_100", "gfx942"], ["fp32"], [32], ["decode"])
     return [*found, *block_rows(["sm_86", "sm_90"], ["bf16"])]
 
 
@@ -148,10 +151,10 @@ def full() -> list[Row]:
     found += row_rows(ARCHS, ["bf16", "fp32"], row_budget.WIDTHS, ["rows"])
     found += row_rows(ARCHS, ["bf16", "fp32"], [768], ["everything"])
     found += block_rows(ARCHS, ["bf16", "fp32"])
-    found += cache_rows(ARCHS, ["bf16", "fp32"], HEAD_DIMS, ["decode", "many rows"])
-    found += cache_rows(ARCHS, ["bf16"], [64, 128], ["paged", "cache everything"])
-    found += recurrent_rows(ARCHS, ["bf16"], recurrent_budget.FEATURES)
-    found += recurrent_rows(ARCHS, ["fp32"], recurrent_budget.FEATURES_FP32)
+    for dtype, features in cache_budget.FEATURES.items():
+        found += cache_rows(ARCHS, [dtype], HEAD_DIMS, features)
+    for dtype, features in recurrent_budget.FEATURES.items():
+        found += recurrent_rows(ARCHS, [dtype], features)
     return found
 
 
