@@ -213,3 +213,18 @@ def test_features_cover_every_argument() -> None:
     given = {name for f in FEATURES.values() for name in f(2, 2, 5, 5, torch.float32)}
     known = set(inspect.signature(fastattn.attention).parameters)
     assert known - given == {"q", "k", "v", "return_lse", "deterministic", "backend"}
+
+
+@pytest.mark.parametrize("hk", [0, 2])
+def test_no_query_heads(kernel: str, hk: int) -> None:
+    """Keys that no query reads have the gradient 0, whatever lay in their memory."""
+    q, k, v = (
+        torch.randn(2, h, s, 32, requires_grad=True) for h, s in ((0, 9), (hk, 40), (hk, 40))
+    )
+    for _ in range(3):
+        full = [torch.full_like(k, torch.nan) for _ in range(4)]
+        del full
+        o = fastattn.attention(q, k, v, backend=kernel)
+        assert o.shape == (2, 0, 9, 32)
+        for gradient in torch.autograd.grad(o.sum(), (k, v)):
+            assert gradient.eq(0).all()

@@ -220,7 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const auto result = [&](const Tensor& like, bool wanted, Operand& to) {
     if (!wanted) return empty({0}, code_of(p.dtype));
     Tensor x = empty_as(like, like.size(-1));
-    if (call.packed) torch::stable::zero_(x);
+    // Tokens of no sequence; keys that no query head reads.
+    if (call.packed || p.H == 0) torch::stable::zero_(x);
     to = operand(x, call.packed);
     return x;
   };
@@ -245,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     dsinks = torch::stable::new_zeros(*sinks, {p.H}, ScalarType::Float);
     g.dsinks = static_cast<float*>(const_cast<void*>(dsinks.const_data_ptr()));
   }
-  fastattn::attention_backward(p, g, threads());
+  if (p.H > 0) fastattn::attention_backward(p, g, threads());
   if (g.dbias) dbias = torch::stable::to(dbias, bias->scalar_type());
   if (g.dsinks) dsinks = torch::stable::to(dsinks, sinks->scalar_type());
   return {dq, dk, dv, dbias, dsinks};
