@@ -200,7 +200,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.05, help="Most for a row.")] = 1.5,
     as_json: Json = False,
 ) -> None:
-    """Each op against torch's on this machine: a table of about a minute.
+    """Each op against torch's on this machine: a table of a minute or two.
 
     The package is enough for it. The whole suite (every case with its target, memory, a sweep over
     shapes) is part of a checkout: make bench.

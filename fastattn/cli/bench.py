@@ -88,7 +88,7 @@ def _padded(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
 
 
 def _packed(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
-    """Eight sequences of 64 to 512 tokens, H 12, D 64; torch gets them padded, with a mask."""
+    """Eight sequences of 64 to 512 tokens, H 12, D 64; torch pads, masks and packs."""
     lens = torch.linspace(64, 512, 8).long().tolist()
     parts = [randn(sum(lens), 12, 64) for _ in range(3)]
     cu = torch.tensor([0, *lens]).cumsum(0).int().to(parts[0].device)
@@ -100,11 +100,11 @@ def _packed(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
             x.new_zeros(8 * 512, 12, 64).index_copy(0, places, x).view(8, 512, 12, 64)
             for x in t
         )  # fmt: skip
-        o = _sdpa(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None, None])
+        o: Tensor = _sdpa(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None, None])
         return o.transpose(1, 2).reshape(8 * 512, 12, 64).index_select(0, places)
 
-    def fused(*t: Tensor) -> Tensor:
-        o: Tensor = fastattn.attention_varlen(*t, cu, cu, max_seqlen_q=512, max_seqlen_k=512)
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o: Tensor = fastattn.attention_varlen(q, k, v, cu, cu, max_seqlen_q=512, max_seqlen_k=512)
         return o
 
     return _pair(parts, stock, fused, train)
@@ -235,7 +235,7 @@ CASES = (
     Case("attention", "S 1024, causal, training", True, _attention(1024, causal=True)),
     Case("attention", "S 1024, window 128, forward", False, _attention(1024, window=(128, 128))),
     Case("attention", "B 8, S 512, half padding, forward", False, _padded),
-    Case("attention_varlen", "8 sequences of 64 to 512, training", True, _packed),
+    Case("attention_varlen", "8 of 64 to 512 tokens, training; torch pads", True, _packed),
     Case("attention_with_kv_cache", "B 8, 1024 keys, a token", False, _decode),
     Case("embedding", "B 8, S 256, positions, norm, training", True, _embedding),
     Case("layer_norm", "2048 rows of 768, training", True, _norm("layer_norm")),
