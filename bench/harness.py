@@ -25,7 +25,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn.backends import cpu_isa
-from fastattn.measure import Spread, interleave, peak_extra_bytes, ratios, settle_heap, spread
+from fastattn.measure import (
+    Spread,
+    interleave,
+    load_average,
+    peak_extra_bytes,
+    ratios,
+    settle_heap,
+    spread,
+)
 
 Thunk = Callable[[], object]
 
@@ -306,14 +314,6 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
             return inner(*args, **kwargs)
 
     return call
-
-
-def load_average() -> float:
-    """Runnable processes over the last minute: above the thread count the figures are suspect."""
-    try:
-        return float(Path("/proc/loadavg").read_text().split()[0])
-    except OSError:
-        return -1.0
 
 
 def environment() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.registry import SECTIONS
+from fastattn.measure import not_idle
 
 Row = dict[str, Any]
 
@@ -146,12 +147,7 @@ def _where(part: dict[str, Any]) -> str:
             p for part in ("sizes", "threads") for series in rows[part].values() for p in series
         ]
     if isinstance(rows, list):
-        busy = sum(r["load"] > env["threads"] + 1 for r in rows)
-        if busy:
-            text += (
-                f" The machine was not idle: {busy} of {len(rows)} rows at a load above "
-                f"{env['threads'] + 1}; turns keep ratios fair, absolute times are too long."
-            )
+        text += not_idle([r["load"] for r in rows], env["threads"])
     return text
 
 

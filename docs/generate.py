@@ -105,7 +105,7 @@ def command_line() -> str:
         "`fastattn COMMAND`, or `python -m fastattn COMMAND`. It needs the extra `cli`: "
         "`pip install 'fastattn[cli]'`; `demo` needs `fastattn[demo]`.",
         EXIT_CODES,
-        "With `--json` stdout is JSON and nothing else.",
+        "With `--json` stdout is JSON and nothing else. `fastattn --version` prints the version.",
     ]
     for name, command in root.commands.items():
         parts += [f"## {name}", *re.split(r"\n\s*\n", command.help.strip())]

@@ -10,6 +10,7 @@ allocator does not see (scratch of C++ kernels, of oneDNN), and pages, not promi
 import contextlib
 import ctypes
 import gc
+import os
 import statistics
 import sys
 import threading
@@ -99,6 +100,26 @@ def interleave(
         if enabled:
             gc.enable()
     return samples
+
+
+def load_average() -> float:
+    """Runnable processes over the last minute; -1 where nobody says."""
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return -1.0
+
+
+def not_idle(loads: Sequence[float], threads: int) -> str:
+    """What to say, after a sentence, of rows measured under such loads; nothing of a quiet
+    machine."""
+    busy = sum(load > threads + 1 for load in loads)
+    if not busy:
+        return ""
+    return (
+        f" The machine was not idle: {busy} of {len(loads)} rows at a load above {threads + 1}; "
+        "turns keep ratios fair, absolute times are too long."
+    )
 
 
 def _status_kib(field: str) -> int:

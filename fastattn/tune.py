@@ -1,8 +1,8 @@
 """``fastattn.tune``: which backend, torch's own among them, is fastest here for a model's calls.
 
-The model runs once, and every call of a fused op in it is kept with its arguments, one of each
-class (``choices.py`` says what a class is). Each is then measured on every backend that can serve
-it, in turns, and the choices are stored where ``auto`` finds them.
+The model runs once, and every call of an op in it that there is a choice for (``TUNED``) is kept
+with its arguments, one of each class (``choices.py`` says what a class is). Each is then measured
+on every backend that can serve it, in turns, and the choices are stored where ``auto`` finds them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from fastattn.ops.layernorm_ffn import layernorm_ffn
 from fastattn.ops.lstm import lstm, lstm_cell
 from fastattn.ops.rnn import rnn, rnn_cell
 
-_OPS: tuple[Callable[..., Any], ...] = (
+# attention_with_kv_cache, linear_cross_entropy and a decoder's layer have no op of torch's beside
+# them, and on a CPU one backend: auto takes the table's for them.
+TUNED: tuple[Callable[..., Any], ...] = (
     attention, attention_varlen, embedding, encoder_layer, layer_norm, rms_norm, add_layer_norm,
     bias_act, layernorm_ffn, lstm, lstm_cell, gru, gru_cell, rnn, rnn_cell,
 )  # fmt: skip
-_BY_CODE: dict[CodeType, Callable[..., Any]] = {op.__code__: op for op in _OPS}
+_BY_CODE: dict[CodeType, Callable[..., Any]] = {op.__code__: op for op in TUNED}
 
 # The table's backend stays unless another is faster by this much, in three of four rounds at least:
 # less than that differs from run to run. And by as many seconds as it takes to look a choice up,
@@ -94,6 +96,10 @@ def tune(
     and rows without keys included; no dropout, biases, windows or lengths). So what ``auto`` takes
     is not slower than torch for calls of these classes, beyond what measuring can tell.
 
+    Tuned are attention, attention_varlen, embedding, norms, bias_act, layernorm_ffn, whole encoder
+    layers, lstm, gru, rnn and their cells. Not attention_with_kv_cache, linear_cross_entropy nor
+    whole decoder layers, so of generation with a KV cache the first pass at most.
+
     A class is op, device, dtype, training or not, features and widths as they are, and batch,
     lengths and rows rounded up to a power of two. Choices hold for this hardware, thread count and
     versions; they lie in ``FASTATTN_TUNE_CACHE``, by default in ``fastattn`` in the user's cache
@@ -114,7 +120,7 @@ def tune(
         A :class:`TuneReport`.
 
     Raises:
-        ValueError: the model called no op of fastattn with ``backend="auto"``.
+        ValueError: the model called no op that is tuned with ``backend="auto"``.
         OSError: the choices cannot be stored.
 
     >>> import torch, fastattn
@@ -132,7 +138,8 @@ def tune(
                   if name not in found}  # fmt: skip
     if not found:
         raise ValueError(
-            "fastattn.tune: the model called no op of fastattn with backend='auto'; "
+            "fastattn.tune: the model called none of the ops that are tuned with backend='auto'; "
+            f"they are {', '.join(op.__name__ for op in TUNED)}. If it was not, "
             "fastattn.swap(model) first"
         )
     report = TuneReport()

@@ -1,5 +1,6 @@
 """`python -m fastattn`: the real command in a subprocess, as its user runs it."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -177,13 +178,20 @@ def test_the_verdict_counts_losses() -> None:
     def row(median: float) -> dict:
         s = {"median": median, "q1": median - 0.01, "q3": median + 0.01, "count": 5}
         case = {"kind": "forward", "S": 16, "B": 1, "padded": False}
-        return {**case, "speedup": s, "stock_peak_bytes": 1, "fused_peak_bytes": 2}
+        peaks = {"stock_peak_bytes": 1, "fused_peak_bytes": 2}
+        return {**case, **peaks, "speedup": s, "load": 9.0 if median == 1.3 else 0.5}
 
     rows = [row(m) | {"dtype": d} for m in (0.8, 1.0, 1.3) for d in ("fp32", "bf16")]
     rows += [row(0.5) | {"dtype": "fp32", "kind": "training step"}]
     rows += [row(2.0) | {"dtype": "fp32", "kind": "fine-tuning"}]
     assert [demo_report.outcome(r) for r in rows[::2]] == ["loss", "tie", "win", "loss"]
-    text = demo_report.verdict({"rows": rows, "parity_holds": False})
+    environment = {"threads": 2}
+    result = {"rows": rows, "parity_holds": False, "environment": environment}
+    text = demo_report.verdict(result)
+    assert text.endswith("The machine was not idle: 2 of 8 rows at a load above 3; turns keep "
+                         "ratios fair, absolute times are too long.")  # fmt: skip
+    environment["threads"] = 8
+    assert "not idle" not in demo_report.verdict(result)
     assert "1 slower" in text
     assert "worst 0.50x" in text
     assert "DOES NOT AGREE" in text
@@ -241,7 +249,14 @@ def test_mistakes_get_a_message_and_exit_code_2(args: tuple[str, ...], word: str
     assert word in plain(done.stderr)
 
 
-@pytest.mark.parametrize("args", [("--help",), ("swap", "--help"), ("nosuch",), ("swap",)])
+def test_version() -> None:
+    assert fastattn("--version").stdout == f"fastattn {importlib.metadata.version('fastattn')}\n"
+
+
+USAGE = [("--help",), ("--version",), ("swap", "--help"), ("nosuch",), ("swap",)]
+
+
+@pytest.mark.parametrize("args", USAGE)
 def test_help_and_usage_import_no_torch(args: tuple[str, ...]) -> None:
     """Its import takes seconds."""
     command = [sys.executable, "-X", "importtime", "-m", "fastattn", *args]
@@ -249,7 +264,7 @@ def test_help_and_usage_import_no_torch(args: tuple[str, ...]) -> None:
     imported = set(re.findall(r"\|\s+(torch|transformers|matplotlib)$", done.stderr, re.MULTILINE))
     assert "fastattn.cli.app" in done.stderr
     assert not imported
-    assert done.returncode == (0 if "--help" in args else 2)
+    assert done.returncode == (0 if {"--help", "--version"} & {*args} else 2)
 
 
 def test_the_program_is_the_package_in_the_end() -> None:

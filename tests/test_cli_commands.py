@@ -1,6 +1,7 @@
 """`fastattn swap`, `bench` and `verify`, in this process: results, exit codes, and what a user gets
 wrong. tests/test_cli.py runs the program itself."""
 
+import inspect
 import json
 import textwrap
 from pathlib import Path
@@ -138,6 +139,15 @@ def test_a_report_needs_no_weights(bert: Path, tmp_path: Path) -> None:
         ((".",), "no config.json"),
         (("zoo.py:build", "--time"), "--inputs MODULE:NAME is needed"),
         (("zoo.py:build", "--inputs", "zoo.py:example"), "--inputs goes with --time"),
+        (("zoo.py:build", "--device", "nosuch"), "--device goes with --time"),
+        (("zoo.py:build", "--dtype", "bf16"), "--dtype goes with --time"),
+        (("zoo.py:build", "--threads", "1"), "--threads goes with --time"),
+        (("zoo.py:build", "--batch", "1"), "--batch goes with --time"),
+        (("zoo.py:build", "--tokens", "9"), "--tokens goes with --time"),
+        (
+            ("zoo.py:build", "--time", "--inputs", "zoo.py:example", "--batch", "2"),
+            "without --inputs",
+        ),
         (("zoo.py:build", "--time", "--inputs", "zoo.py:number"), "no tensor, tuple or dict"),
         (("zoo.py:lstm", "--time", "--inputs", "zoo.py:example"), "the model raised"),
         (("zoo.py:build", "--time", "--device", "nosuch"), "--device nosuch"),
@@ -242,6 +252,16 @@ def test_bench_times_both(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert f"{row['speedup']['median']:.2f} [" in shown
     assert "[quartiles]" in shown
+
+
+def test_bench_knows_every_op() -> None:
+    functions = {n: getattr(fastattn, n) for n in fastattn.__all__ if n != "swap"}
+    ops = {
+        name
+        for name, f in functions.items()
+        if inspect.isfunction(f) and "backend" in inspect.signature(f).parameters
+    }
+    assert ops == set(bench_command.OPS)
 
 
 @pytest.mark.parametrize("case", bench_command.CASES, ids=lambda c: f"{c.op}: {c.what}")

@@ -169,6 +169,30 @@ def test_autocast_compiles(name: str) -> None:
     torch.testing.assert_close(got, right)
 
 
+@pytest.mark.parametrize("batch", [3, 40])  # one op, torch's GEMMs
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+def test_the_h_of_a_cell_may_be_changed_in_place(name: str, batch: int) -> None:
+    stock, fused = pair(name, 16, 32)
+    x, hx = torch.randn(batch, 16), tuple(torch.randn(batch, 32) for _ in range(2))
+
+    def call(m: nn.Module, t: torch.dtype) -> dict[str, Tensor]:
+        state = cast(hx if name == "LSTMCell" else hx[0], t)
+        out = m(x.to(t), state)
+        return {"h": (out[0] if isinstance(out, tuple) else out).relu_()}
+
+    judge_model(stock, fused, call)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "RNNCell"])
+def test_an_output_that_was_changed_in_place_is_an_error(name: str) -> None:
+    """Never a wrong gradient."""
+    _, fused = pair(name, 16, 32)
+    out = fused(torch.randn(*(() if name == "RNNCell" else (5,)), 3, 16))
+    changed = (out[0] if isinstance(out, tuple) else out).relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        changed.sum().backward()
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_meta(name: str) -> None:
     """Shapes without values."""

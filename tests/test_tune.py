@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn import choices
-from fastattn.tune import GAIN, decide
+from fastattn.cli import bench
+from fastattn.tune import GAIN, TUNED, decide
 
 randn = torch.randn
 Args = dict[str, Any]
@@ -502,6 +503,16 @@ def test_examples_come_in_three_forms() -> None:
         assert report.path is None
 
 
+def test_every_op_is_tuned_or_has_no_op_of_torchs() -> None:
+    from fastattn.backends import WITHOUT_STOCK
+
+    tuned = {op.__name__ for op in TUNED}
+    ops = {n for n in fastattn.__all__ if n in bench.OPS}
+    assert tuned - ops == {"encoder_layer"}
+    assert ops - tuned == set(WITHOUT_STOCK) - {"decoder_layer"}
+    assert all(name in (fastattn.tune.__doc__ or "") for name in WITHOUT_STOCK[:2])
+
+
 def test_what_has_one_backend_is_reported_too(cache: Path) -> None:
     def call(q: Tensor) -> object:
         return fastattn.attention(q, q, q, window=(2, 0))
@@ -513,6 +524,14 @@ def test_what_has_one_backend_is_reported_too(cache: Path) -> None:
 def test_nothing_to_tune(cache: Path) -> None:
     with pytest.raises(ValueError, match=r"fastattn\.swap\(model\) first"):
         fastattn.tune(nn.Linear(3, 3), randn(2, 3))
+    cache_of = torch.zeros(1, 2, 8, 4)
+    with pytest.raises(ValueError, match="none of the ops that are tuned .* they are attention, "):
+        fastattn.tune(
+            lambda q: fastattn.attention_with_kv_cache(
+                q, cache_of, cache_of.clone(), cache_lens=torch.tensor([3])
+            ),
+            randn(1, 2, 1, 4),
+        )
     with pytest.raises(ZeroDivisionError):
         fastattn.tune(lambda: 1 // 0, ())
     assert sys.getprofile() is None

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import rich  # noqa: F401  # typer shows help without it, the commands nothing
 import typer
 
-from fastattn import _program
+from fastattn import __version__, _program
 from fastattn.cli._mistakes import Mistake, missing
 
 EXIT_CODES = (
@@ -79,6 +79,22 @@ def _show(command: Any, result: dict[str, Any], as_json: bool) -> None:
         command.render(result)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fastattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(epilog=EXIT_CODES)
 def doctor(as_json: Json = False) -> None:
     """What this machine can use, and why not the rest."""
@@ -134,17 +150,29 @@ def swap(
             "function that returns one. A Hugging Face model of token ids needs none.",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences, without --inputs.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="For --time: sequences, without --inputs; default: 1.")
+    ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Length of each; default: 128, or the most that there may be."),
+        typer.Option(
+            min=1,
+            help="For --time: length of each; default: 128, or the most that there may be.",
+        ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the model's own.")] = None,
-    device: Device = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="For --time; default: the model's own.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="For --time: cpu, cuda, cuda:1; default: cuda where torch sees a GPU."),
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Swap these: globs on names.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave these: globs on names.")] = None,
     backend: Annotated[Backend, typer.Option(help="Backend of every op.")] = Backend.auto,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="For --time: CPU threads; default: torch's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What fastattn.swap would replace in a model, what not, and why; with --time, what it gains.
@@ -172,7 +200,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.05, help="Most for a row.")] = 1.5,
     as_json: Json = False,
 ) -> None:
-    """Each op against torch's on this machine: a table of about a minute.
+    """Each op against torch's on this machine: a table of a minute or two.
 
     The package is enough for it. The whole suite (every case with its target, memory, a sweep over
     shapes) is part of a checkout: make bench.

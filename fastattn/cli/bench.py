@@ -87,6 +87,79 @@ def _padded(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
     )  # fmt: skip
 
 
+def _packed(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
+    """Eight sequences of 64 to 512 tokens, H 12, D 64; torch pads, masks and packs."""
+    lens = torch.linspace(64, 512, 8).long().tolist()
+    parts = [randn(sum(lens), 12, 64) for _ in range(3)]
+    cu = torch.tensor([0, *lens]).cumsum(0).int().to(parts[0].device)
+    mask = torch.arange(512, device=cu.device) < cu.diff()[:, None]
+    places = mask.flatten().nonzero().squeeze(1)
+
+    def stock(*t: Tensor) -> Tensor:
+        q, k, v = (
+            x.new_zeros(8 * 512, 12, 64).index_copy(0, places, x).view(8, 512, 12, 64)
+            for x in t
+        )  # fmt: skip
+        o: Tensor = _sdpa(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None, None])
+        return o.transpose(1, 2).reshape(8 * 512, 12, 64).index_select(0, places)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o: Tensor = fastattn.attention_varlen(q, k, v, cu, cu, max_seqlen_q=512, max_seqlen_k=512)
+        return o
+
+    return _pair(parts, stock, fused, train)
+
+
+def _decode(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
+    """A token of each of 8 sequences with 1023 before it, H 12, D 64: written and attended."""
+    q, k, v = (randn(8, 12, 1, 64) for _ in range(3))
+    k_cache, v_cache = (randn(8, 12, 1024, 64) for _ in range(2))
+    lens = torch.full((8,), 1023, device=q.device)
+
+    def stock(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k_cache[:, :, 1023:] = k
+        v_cache[:, :, 1023:] = v
+        o: Tensor = _sdpa(q, k_cache, v_cache)
+        return o
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o: Tensor = fastattn.attention_with_kv_cache(q, k_cache, v_cache, cache_lens=lens, k=k, v=v)
+        return o
+
+    return _pair([q, k, v], stock, fused, train)
+
+
+def _embedding(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
+    """Tokens and positions of 8 sequences of 256, summed and normed; 30000 rows of 768."""
+    leaves = [randn(30000, 768), randn(512, 768), randn(768), randn(768)]
+    ids = torch.arange(8 * 256, device=leaves[0].device).view(8, 256) * 7919 % 30000
+    return _pair(
+        leaves,
+        lambda w, p, g, b: F.layer_norm(F.embedding(ids, w) + p[:256], (768,), g, b),
+        lambda w, p, g, b: fastattn.embedding(
+            ids, w, position_weight=p, norm="layer", norm_weight=g, norm_bias=b
+        ), train,
+    )  # fmt: skip
+
+
+def _norm(name: str) -> Callable[[Any, bool], tuple[Thunk, Thunk]]:
+    """2048 rows of 768."""
+
+    def make(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
+        leaves = [randn(2048, 768), randn(768), randn(768)][: 3 if name == "layer_norm" else 2]
+        stock, fused = getattr(F, name), getattr(fastattn, name)
+        return _pair(
+            leaves, lambda x, *t: stock(x, (768,), *t), lambda x, *t: fused(x, (768,), *t), train
+        )
+
+    return make
+
+
+def _bias_act(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
+    leaves = [randn(512, 3072), randn(3072)]
+    return _pair(leaves, lambda x, b: F.gelu(x + b), lambda x, b: fastattn.bias_act(x, b), train)
+
+
 def _ffn(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
     """Norm, 768 -> 3072 -> 768, residual; 512 rows."""
     x, w1, w2 = randn(512, 768), randn(3072, 768), randn(768, 3072)
@@ -136,18 +209,48 @@ def _recurrent(name: str) -> Callable[[Any, bool], tuple[Thunk, Thunk]]:
     return make
 
 
+def _cell(name: str) -> Callable[[Any, bool], tuple[Thunk, Thunk]]:
+    """One step of B 8, input and hidden features 256, from a state of zeros."""
+
+    def make(randn: Any, train: bool) -> tuple[Thunk, Thunk]:
+        x = randn(8, 256)
+        stock: Any = getattr(nn, name)(256, 256).to(x)
+        fused: Any = getattr(fastattn.nn, name)(256, 256).to(x)
+        for key in list(fused._parameters):
+            setattr(fused, key, stock._parameters[key])
+
+        def first(out: Any) -> Tensor:
+            h: Tensor = out[0] if isinstance(out, tuple) else out
+            return h
+
+        leaves = [x, *stock.parameters()]
+        return _pair(leaves, lambda x, *_: first(stock(x)), lambda x, *_: first(fused(x)), train)
+
+    return make
+
+
 CASES = (
     Case("attention", "S 512, forward", False, _attention(512)),
     Case("attention", "S 512, training", True, _attention(512)),
     Case("attention", "S 1024, causal, training", True, _attention(1024, causal=True)),
     Case("attention", "S 1024, window 128, forward", False, _attention(1024, window=(128, 128))),
     Case("attention", "B 8, S 512, half padding, forward", False, _padded),
+    Case("attention_varlen", "8 of 64 to 512 tokens, training; torch pads", True, _packed),
+    Case("attention_with_kv_cache", "B 8, 1024 keys, a token", False, _decode),
+    Case("embedding", "B 8, S 256, positions, norm, training", True, _embedding),
+    Case("layer_norm", "2048 rows of 768, training", True, _norm("layer_norm")),
+    Case("rms_norm", "2048 rows of 768, training", True, _norm("rms_norm")),
+    Case("bias_act", "512 rows of 3072, gelu, training", True, _bias_act),
     Case("layernorm_ffn", "512 rows of 768, forward", False, _ffn),
     Case("layernorm_ffn", "512 rows of 768, training", True, _ffn),
     Case("add_layer_norm", "2048 rows of 768, training", True, _add_norm),
     Case("linear_cross_entropy", "256 rows, 8192 classes, training", True, _cross_entropy),
     Case("lstm", "T 64, B 8, H 256, training", True, _recurrent("LSTM")),
     Case("gru", "T 64, B 8, H 256, training", True, _recurrent("GRU")),
+    Case("rnn", "T 64, B 8, H 256, training", True, _recurrent("RNN")),
+    Case("lstm_cell", "B 8, H 256, training", True, _cell("LSTMCell")),
+    Case("gru_cell", "B 8, H 256, training", True, _cell("GRUCell")),
+    Case("rnn_cell", "B 8, H 256, training", True, _cell("RNNCell")),
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
@@ -205,6 +308,7 @@ def _time(case: Case, dtype: str, device: torch.device, seconds: float) -> dict[
         "case": case.what,
         "dtype": dtype,
         "torch_s": asdict(measure.spread(samples["stock"])),
+        "load": measure.load_average(),
         "fastattn_s": asdict(measure.spread(samples["fused"])),
         "speedup": asdict(measure.ratios(samples["stock"], samples["fused"])),
     }
@@ -235,6 +339,7 @@ def render(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         "Medians of interleaved runs; speedup = torch / fastattn in neighbouring runs. The whole "
-        "suite: make bench in a checkout.",
+        "suite: make bench in a checkout."
+        + measure.not_idle([row["load"] for row in result["rows"]], env["threads"]),
         style="dim",
     )

@@ -200,6 +200,7 @@ def _time(models: Models, case: Case, plan: Plan) -> dict[str, Any]:
         "stock_s": asdict(measure.spread(samples["stock"])),
         "fused_s": asdict(measure.spread(samples["fused"])),
         "speedup": asdict(measure.ratios(samples["stock"], samples["fused"])),
+        "load": measure.load_average(),
     }
 
 

@@ -27,10 +27,6 @@ class Batch:
     input_ids: Tensor  # (B, S) int64
     attention_mask: Tensor  # (B, S) int64, 1 = real
 
-    @property
-    def real_share(self) -> float:
-        return float(self.attention_mask.float().mean())
-
     def inputs(self) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastattn.measure import not_idle
+
 # Below this distance from 1 a ratio is called a tie: it is what equal calls differ by.
 TIE = 0.03
 
@@ -166,6 +168,7 @@ def verdict(result: dict[str, Any]) -> str:
     parts.append(
         "The whole model is timed, attention, feed-forward blocks, norms and embeddings swapped: "
         "the matrix products are as many on both sides and bound what fusing can win."
+        + not_idle([r["load"] for r in rows], result["environment"]["threads"])
     )
     return " ".join(parts)
 

@@ -34,7 +34,7 @@ def run(
     *,
     timed: bool,
     inputs: str | None,
-    batch: int,
+    batch: int | None,
     tokens: int | None,
     dtype: str | None,
     device: str | None,
@@ -44,8 +44,13 @@ def run(
     threads: int | None,
 ) -> dict[str, Any]:
     """Swap the model that `spec` names; with `timed`, run it before and after."""
-    if inputs is not None and not timed:
-        raise Mistake("--inputs goes with --time")
+    of_time = {"--inputs": inputs, "--batch": batch, "--tokens": tokens, "--dtype": dtype,
+               "--device": device, "--threads": threads}  # fmt: skip
+    for name, value in of_time.items():
+        if value is not None and not timed:
+            raise Mistake(f"{name} goes with --time")
+    if inputs is not None and (batch, tokens) != (None, None):
+        raise Mistake("--batch and --tokens are for a model without --inputs")
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(spec, weights=timed)
@@ -57,7 +62,7 @@ def run(
     model = model.eval().to(where, DTYPES[dtype] if dtype else None)
     fused = copy.deepcopy(model)
     report = _swapped(fused, how)
-    given = load_inputs(inputs) if inputs else token_inputs(model, batch, tokens)
+    given = load_inputs(inputs) if inputs else token_inputs(model, batch or 1, tokens)
     result = _time(model, fused, _moved(given, where, DTYPES[dtype] if dtype else None))
     ok = bool(report or report.fused_before) and result["agrees"]
     return _plain(report) | {"ok": ok, "time": result | {"device": str(where)}}

@@ -28,7 +28,8 @@ class GRU(Layers, torch.nn.GRU):
 
     Differences from torch: ``lengths`` of a padded batch (see :meth:`forward`), an empty sequence
     (T = 0) gives the initial state, backward in eval mode and double backward work everywhere,
-    and errors are TypeError and ValueError.
+    and errors are TypeError and ValueError. The backward needs the output as it was, so changing it
+    in place (``F.relu(y, inplace=True)``) is an error in the backward, as of torch's LSTM.
 
     >>> import torch, fastattn
     >>> gru = fastattn.nn.GRU(5, 8, num_layers=2, bidirectional=True)

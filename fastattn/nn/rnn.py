@@ -28,7 +28,8 @@ class RNN(Layers, torch.nn.RNN):
 
     Differences from torch: ``lengths`` of a padded batch (see :meth:`forward`), an empty sequence
     (T = 0) gives the initial state, backward in eval mode and double backward work everywhere,
-    and errors are TypeError and ValueError.
+    and errors are TypeError and ValueError. The backward needs the output as it was, so changing it
+    in place (``F.relu(y, inplace=True)``) is an error in the backward, as of torch's LSTM.
 
     >>> import torch, fastattn
     >>> rnn = fastattn.nn.RNN(5, 8, num_layers=2, bidirectional=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn.ops._eager import differentiable_gradients, eager, make_function, wants_grad
 from fastattn.ops.layernorm_op import lib
 from fastattn.reference import recurrent as reference
-from fastattn.reference.recurrent import GRU, LSTM
+from fastattn.reference.recurrent import GRU, LSTM, RNN_RELU, RNN_TANH
 
 _NOTHING = (None,) * 3
 _INPUTS = (
@@ -30,6 +30,9 @@ lib.define(
     "Tensor dh0, Tensor dc0)"
 )
 _N = 7  # tensors among the inputs
+# Only their backward reads the h after the step. The others save the one before it in its place, so
+# that the caller may change the result in place, as that of torch's cells.
+_NEEDS_H = (RNN_TANH, RNN_RELU)
 
 MOST = 16  # sequences; with more, torch's GEMMs
 _MULTIPLE = 16  # of features: csrc/cpu/recurrent_step.h
@@ -58,7 +61,7 @@ def _step_forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
     h, c, gates = torch.ops.fastattn.recurrent_step_cpu_fwd(*args, True)
     ctx.cell = args[_N]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*args[:_N], h, c, gates)
+    ctx.save_for_backward(*args[:_N], h if args[_N] in _NEEDS_H else args[5], c, gates)
     return h, c
 
 
@@ -137,7 +140,7 @@ def _forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
     y, h_n, c_n, gates, cells = run(*args, save=True)
     ctx.cell = args[-1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*args[:-1], y, gates, cells)
+    ctx.save_for_backward(*args[:-1], y if args[-1] in _NEEDS_H else args[5][0], gates, cells)
     return y, h_n, c_n
 
 
