@@ -250,11 +250,14 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_layer_does_what_transformers_does(change: str) -> None:
-    ours, stock = pair()
-    for layer in (ours, stock):
-        CHANGES[change](layer)
-    alike(ours, stock)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_layer_does_what_transformers_does(change: str, gradients: bool) -> None:
+    """In place, and by concatenation."""
+    with torch.set_grad_enabled(gradients):
+        ours, stock = pair()
+        for layer in (ours, stock):
+            CHANGES[change](layer)
+        alike(ours, stock)
 
 
 @torch.no_grad()
@@ -288,16 +291,18 @@ def test_layer_refuses_what_transformers_refuses() -> None:
 
 def test_copies_are_independent() -> None:
     """A prompt's cache, kept for several continuations."""
-    ours, stock = pair()
-    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        alike(again, copy.deepcopy(stock))
-    alike(ours, stock)
+    with torch.no_grad():
+        ours, stock = pair()
+        for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            alike(again, copy.deepcopy(stock))
+        alike(ours, stock)
 
 
 def test_memory_of_inference_mode_is_replaced_outside_of_it() -> None:
     with torch.inference_mode():
         ours, stock = pair()
-    alike(ours, stock)
+    with torch.no_grad():
+        alike(ours, stock)
 
 
 @pytest.mark.parametrize("name", FUSED)
