@@ -79,8 +79,8 @@ MUTATIONS = (
     Mutation("b1_of_first_columns", FEW, "const Vec b1 = from(p.b1, n0)",
              "const Vec b1 = from(p.b1, 0)"),
     # ---- cross-entropy
-    Mutation("loss_about_no_maximum", LOSS, "const float lse = at.top + std::log(sum)",
-             "const float lse = std::log(sum)"),
+    Mutation("loss_about_no_maximum", LOSS, "(1.f - s) * (rest + (at.top - at.right))",
+             "(1.f - s) * (rest - at.right)"),
     Mutation("class_bias_forgotten", LOSS, "if (bias_) store(l + t, v = v + load(bias_ + t));", ""),
     Mutation("smoothing_over_padding", LOSS, "total += first_lanes(load(l + t), V - t);",
              "total += load(l + t) == set1(kNegInf) ? vf{} : load(l + t) * 1.01f;"),

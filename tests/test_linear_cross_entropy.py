@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from rule import Draws, assert_within, one_thread, unit
+from rule import EPS32, Draws, assert_within, one_thread, unit
 from test_attention_ops import compiled, op_calls_of, same_as_eager
 from tools import DTYPES
 from torch import Tensor
@@ -160,6 +160,17 @@ def test_large_logits_and_strides() -> None:
     tensors, kwargs = call(4, 9, d=16)
     tensors["x"] = (torch.randn(9, 4, 32).transpose(0, 1)[..., ::2]) * 200
     judge(tensors, kwargs)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-6])
+def test_a_loss_far_below_its_logits(smoothing: float) -> None:
+    """The target is the top of two: the loss, e^-10, is no difference of numbers of size 1000."""
+    x = torch.tensor([[1.0]])
+    weight = torch.tensor([[1000.0], [990.0]])
+    call = {"target": torch.tensor([0]), "label_smoothing": smoothing}
+    got = fastattn.linear_cross_entropy(x, weight, **call)
+    right = fastattn.reference.linear_cross_entropy(x.double(), weight.double(), **call)
+    assert float((got - right).abs()) <= 2 * EPS32  # of 1 + e^-10, whose logarithm it is
 
 
 def test_each_gradient_alone() -> None:

@@ -18,10 +18,11 @@ class CrossEntropy {
   void row(int64_t m, float* dbias) {
     const Logits at = read(m);
     const float sum = exponentials(at.top);
-    const float lse = at.top + std::log(sum), s = p.smoothing;
+    const float rest = std::log(sum), s = p.smoothing;  // of lse beside the top
     if (p.loss) {
-      p.loss[m] = (1.f - s) * (lse - at.right);
-      if (s > 0.f) p.loss[m] += s * (lse - at.sum / float(V));
+      // Not lse - right: where the target is the top the loss may be far below lse's last digit.
+      p.loss[m] = (1.f - s) * (rest + (at.top - at.right));
+      if (s > 0.f) p.loss[m] += s * (rest + (at.top - at.sum / float(V)));
     }
     if (p.gradient) gradient(m, sum, dbias);
   }
