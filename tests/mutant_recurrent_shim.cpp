@@ -25,6 +25,9 @@
 #include "target_end.h"
 #include "scratch.cpp"
 
+#include <unistd.h>
+
+#include <chrono>
 #include <deque>
 
 #include "mutant_bf16.h"
@@ -129,8 +132,26 @@ void run(const MutantRecurrent& c) {
 }  // namespace
 
 #ifdef RACES
+// One comes so late to every barrier that the other sleeps there.
+void wait_long() {
+  Team team(2);
+  run_threads(
+      2,
+      [](void* ctx, int) {
+        Team& team = *static_cast<Team*>(ctx);
+        const int member = team.join();
+        for (int turn = 0; turn < 6; ++turn) {
+          if (turn % 2 == member) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+          team.barrier();
+        }
+      },
+      &team);
+}
+
 // A team of two on LSTM with and without a projection; the values do not matter.
 int main() {
+  alarm(60);  // who waits for ever says so
+  wait_long();
   for (const bool projected : {false, true}) {
     MutantRecurrent c{};
     c.H = 70, c.P = projected ? 62 : 70, c.D = 1, c.T = 6, c.B = 3, c.N = c.T * c.B, c.threads = 2;

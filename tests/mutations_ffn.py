@@ -81,6 +81,8 @@ MUTATIONS = (
     # ---- cross-entropy
     Mutation("loss_about_no_maximum", LOSS, "(1.f - s) * (rest + (at.top - at.right))",
              "(1.f - s) * (rest - at.right)"),
+    Mutation("loss_as_a_difference", LOSS, "(1.f - s) * (rest + (at.top - at.right))",
+             "(1.f - s) * ((rest + at.top) - at.right)"),
     Mutation("class_bias_forgotten", LOSS, "if (bias_) store(l + t, v = v + load(bias_ + t));", ""),
     Mutation("smoothing_over_padding", LOSS, "total += first_lanes(load(l + t), V - t);",
              "total += load(l + t) == set1(kNegInf) ? vf{} : load(l + t) * 1.01f;"),

@@ -194,6 +194,7 @@ RACES = (
              "g.d[1] = g.d[0];"),
     Mutation("barrier_releases_nothing", TEAM, "epoch_.store(epoch + 1, std::memory_order_release)",
              "epoch_.store(epoch + 1, std::memory_order_relaxed)"),
+    Mutation("sleepers_not_woken", TEAM, "epoch_.notify_all();", ""),
 )  # fmt: skip
 
 # No bugs: a team of the tests is always complete, however late its threads come; and memory that a

@@ -5,6 +5,7 @@ The machinery is mutation_lab.py, the rule that of tools.py. Barriers are for
 ThreadSanitizer, in a program of its own: a missing one shows in the values only by luck.
 """
 
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def race(folder: Path, mutation: Mutation | None) -> str:
-    """What ThreadSanitizer says of the program: "" where nothing."""
+    """What ThreadSanitizer says of the program, or that it did not end: "" where nothing."""
     program = build(
         folder / (mutation.name if mutation else "none"), mutation,
         shim="mutant_recurrent_shim.cpp", source="recurrent_portable.cpp", edits=EDITS,
@@ -218,6 +219,8 @@ def race(folder: Path, mutation: Mutation | None) -> str:
         form=("-fsanitize=thread", "-fno-pie", "-no-pie"),
     )  # fmt: skip
     done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode == -signal.SIGALRM:
+        return "a thread waits for ever"
     assert done.returncode in (0, 66), f"{done.returncode}: {done.stderr}"
     assert ("data race" in done.stderr) == (done.returncode == 66), done.stderr
     return done.stderr

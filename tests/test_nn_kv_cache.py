@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -346,7 +347,6 @@ def test_what_is_no_int_is_refused(what: str, page_size: int | None) -> None:
 
 
 def test_ints_of_others() -> None:
-    np = pytest.importorskip("numpy")
     cache = make(3)
     cache.extend(torch.tensor(5))
     cache.extend(np.int64(2), new_lens=np.array([1, 2, 0]))

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../operands.h"
+#include "isa.h"
 #include "parallel.h"
 
 namespace fastattn {
@@ -60,16 +61,8 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g,
                         const Parallel& parallel);
 
 // One pair of these in each instruction set's namespace; the functions above choose.
-#define FASTATTN_DECLARE_ISA(isa)                                             \
-  namespace isa {                                                             \
-  void attention_forward(const AttentionParams& p, const Parallel& parallel); \
-  void attention_backward(const AttentionParams& p, const AttentionGrads& g,  \
-                          const Parallel& parallel);                          \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(void attention_forward(const AttentionParams& p, const Parallel& parallel);
+                      void attention_backward(const AttentionParams& p, const AttentionGrads& g,
+                                              const Parallel& parallel);)
 
 }  // namespace fastattn

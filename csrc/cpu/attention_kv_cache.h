@@ -52,14 +52,7 @@ struct AttentionKVCacheParams {
 
 void attention_kv_cache(const AttentionKVCacheParams& p, const Parallel& parallel);
 
-#define FASTATTN_DECLARE_ISA(isa)                                                     \
-  namespace isa {                                                                     \
-  void attention_kv_cache(const AttentionKVCacheParams& p, const Parallel& parallel); \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(void attention_kv_cache(const AttentionKVCacheParams& p,
+                                              const Parallel& parallel);)
 
 }  // namespace fastattn

@@ -16,14 +16,6 @@ struct CastParams {
 
 void cast_rows(const CastParams& p, const Parallel& parallel);
 
-#define FASTATTN_DECLARE_ISA(isa)                                \
-  namespace isa {                                                \
-  void cast_rows(const CastParams& p, const Parallel& parallel); \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(void cast_rows(const CastParams& p, const Parallel& parallel);)
 
 }  // namespace fastattn

@@ -85,17 +85,10 @@ struct Run {
   int64_t row, begin, end;
 };
 
-// One set of these in each instruction set's namespace.
-#define FASTATTN_DECLARE_ISA(isa)                                                                  \
-  namespace isa {                                                                                  \
-  void embedding_gather(const EmbeddingParams& p, int64_t m0, int64_t m1, const Rows& out);        \
-  void embedding_sum(const Rows& ds, int64_t c0, int64_t c1, const int64_t* order, const Run& run, \
-                     float scale, const Rows& out);                                                \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(void embedding_gather(const EmbeddingParams& p, int64_t m0, int64_t m1,
+                                            const Rows& out);
+                      void embedding_sum(const Rows& ds, int64_t c0, int64_t c1,
+                                         const int64_t* order, const Run& run, float scale,
+                                         const Rows& out);)
 
 }  // namespace fastattn

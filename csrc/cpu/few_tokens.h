@@ -34,15 +34,7 @@ struct FewTokensParams {
 bool few_tokens_serve(int64_t M);
 void few_tokens_products(const FewTokensParams& p, const Parallel& parallel);
 
-#define FASTATTN_DECLARE_ISA(isa)                                               \
-  namespace isa {                                                               \
-  bool few_tokens_serve(int64_t M);                                             \
-  void few_tokens_products(const FewTokensParams& p, const Parallel& parallel); \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(bool few_tokens_serve(int64_t M);
+                      void few_tokens_products(const FewTokensParams& p, const Parallel& parallel);)
 
 }  // namespace fastattn

@@ -17,11 +17,27 @@ bool force_isa(Isa isa);
 
 // Whether fp32 matrices are multiplied faster than 16-bit ones: x86 without tiles in use. Intel's
 // product of bf16 pairs (vdpbf16ps) makes half the products of an FMA in the same time (measured:
-// 0.72 against 0.18 ns an instruction), older machines convert what they read. Not AMD's since
-// Zen 4.
+// 0.72 against 0.18 ns an instruction), older machines convert what they read. AMD's since Zen 4,
+// whose product of pairs is said to be as fast as an FMA, were not measured: what the library does
+// there stays.
 bool fp32_multiplies_faster();
 
 }  // namespace fastattn
+
+// Declarations of entry points, one set in each instruction set's namespace.
+#define FASTATTN_IN_EVERY_ISA(...) \
+  namespace portable {             \
+  __VA_ARGS__                      \
+  }                                \
+  namespace avx2 {                 \
+  __VA_ARGS__                      \
+  }                                \
+  namespace avx512 {               \
+  __VA_ARGS__                      \
+  }                                \
+  namespace amx {                  \
+  __VA_ARGS__                      \
+  }
 
 // The body of an entry point: its namesake in the namespace of the instruction set in use.
 #if defined(__x86_64__)

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "../operands.h"
+#include "isa.h"
 #include "parallel.h"
 
 namespace fastattn {
@@ -110,19 +111,11 @@ bool ffn_serves(const FfnParams& p, int threads);
 void ffn_forward(const FfnParams& p, const Parallel& parallel);
 
 // One set of these in each instruction set's namespace; the functions above choose.
-#define FASTATTN_DECLARE_ISA(isa)                                   \
-  namespace isa {                                                   \
-  void norm_forward(const NormParams& p, const Parallel& parallel); \
-  void norm_backward(const NormGrads& p, const Parallel& parallel); \
-  void act_forward(const ActParams& p, const Parallel& parallel);   \
-  void act_backward(const ActGrads& p, const Parallel& parallel);   \
-  bool ffn_serves(const FfnParams& p, int threads);                 \
-  void ffn_forward(const FfnParams& p, const Parallel& parallel);   \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(void norm_forward(const NormParams& p, const Parallel& parallel);
+                      void norm_backward(const NormGrads& p, const Parallel& parallel);
+                      void act_forward(const ActParams& p, const Parallel& parallel);
+                      void act_backward(const ActGrads& p, const Parallel& parallel);
+                      bool ffn_serves(const FfnParams& p, int threads);
+                      void ffn_forward(const FfnParams& p, const Parallel& parallel);)
 
 }  // namespace fastattn

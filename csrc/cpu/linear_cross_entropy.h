@@ -27,14 +27,6 @@ struct CrossEntropyParams {
 
 void cross_entropy(const CrossEntropyParams& p, const Parallel& parallel);
 
-#define FASTATTN_DECLARE_ISA(isa)                                            \
-  namespace isa {                                                            \
-  void cross_entropy(const CrossEntropyParams& p, const Parallel& parallel); \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(void cross_entropy(const CrossEntropyParams& p, const Parallel& parallel);)
 
 }  // namespace fastattn

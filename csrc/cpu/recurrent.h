@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "../operands.h"
+#include "isa.h"
 #include "parallel.h"
 
 namespace fastattn {
@@ -64,17 +65,8 @@ void recurrent_forward(const RecurrentParams& p, const Parallel& parallel);
 void recurrent_backward(const RecurrentParams& p, const RecurrentGrads& g,
                         const Parallel& parallel);
 
-// One set of these in each instruction set's namespace.
-#define FASTATTN_DECLARE_ISA(isa)                                             \
-  namespace isa {                                                             \
-  void recurrent_forward(const RecurrentParams& p, const Parallel& parallel); \
-  void recurrent_backward(const RecurrentParams& p, const RecurrentGrads& g,  \
-                          const Parallel& parallel);                          \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(void recurrent_forward(const RecurrentParams& p, const Parallel& parallel);
+                      void recurrent_backward(const RecurrentParams& p, const RecurrentGrads& g,
+                                              const Parallel& parallel);)
 
 }  // namespace fastattn

@@ -41,15 +41,8 @@ struct StepGrads {
 void recurrent_step_forward(const StepParams& p, const Parallel& parallel);
 void recurrent_step_backward(const StepParams& p, const StepGrads& g, const Parallel& parallel);
 
-#define FASTATTN_DECLARE_ISA(isa)                                                                  \
-  namespace isa {                                                                                  \
-  void recurrent_step_forward(const StepParams& p, const Parallel& parallel);                      \
-  void recurrent_step_backward(const StepParams& p, const StepGrads& g, const Parallel& parallel); \
-  }
-FASTATTN_DECLARE_ISA(portable)
-FASTATTN_DECLARE_ISA(avx2)
-FASTATTN_DECLARE_ISA(avx512)
-FASTATTN_DECLARE_ISA(amx)
-#undef FASTATTN_DECLARE_ISA
+FASTATTN_IN_EVERY_ISA(void recurrent_step_forward(const StepParams& p, const Parallel& parallel);
+                      void recurrent_step_backward(const StepParams& p, const StepGrads& g,
+                                                   const Parallel& parallel);)
 
 }  // namespace fastattn
