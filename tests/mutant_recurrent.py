@@ -6,11 +6,11 @@ from typing import Any
 import mutant
 import numpy as np
 
-_INTS = ("cell", "H", "P", "D", "reverse", "T", "B", "N", "threads")
+_INTS = ("cell", "H", "P", "D", "reverse", "T", "B", "N", "threads", "n_parts")
 _POINTERS = (
-    "offsets", "lengths", "index", "active", "gx", "gh", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0",
-    "h_mask", "dy", "dh_n", "dc_n", "y", "h_n", "c_n", "gates", "cells", "dgx", "dghn", "dh0",
-    "dc0", "dh",
+    "offsets", "lengths", "index", "active", "bounds", "gx", "gh", "w_hh", "b_ih", "b_hh", "w_hr",
+    "h0", "c0", "h_mask", "dy", "dh_n", "dc_n", "y", "h_n", "c_n", "gates", "cells", "dgx", "dghn",
+    "dh0", "dc0", "dh",
 )  # fmt: skip
 LSTM, GRU = 0, 1
 

@@ -80,11 +80,39 @@ void both(const RecurrentParams& p, const RecurrentGrads& g, const Parallel& par
 
 // Everything is 8 bytes wide. Null = absent. mutant_recurrent.py holds the same list.
 struct MutantRecurrent {
-  int64_t cell, H, P, D, reverse, T, B, N, threads;
-  int64_t *offsets, *lengths, *index, *active;
+  int64_t cell, H, P, D, reverse, T, B, N, threads, n_parts;
+  int64_t *offsets, *lengths, *index, *active, *bounds;
   float *gx, *gh, *w_hh, *b_ih, *b_hh, *w_hr, *h0, *c0, *h_mask;  // weights: (D, ...)
   float *dy, *dh_n, *dc_n;
   float *y, *h_n, *c_n, *gates, *cells, *dgx, *dghn, *dh0, *dc0, *dh;
+};
+
+// gx in parts, each of them copied from the whole; what is not the part's is NaN.
+class InParts {
+ public:
+  InParts(const MutantRecurrent& c, RecurrentParams& p)
+      : whole_(static_cast<const Storage*>(p.gx)), N_(c.N), columns_(kGates[c.cell] * c.H) {
+    if (c.n_parts == 0) return;
+    p.parts = {c.bounds, c.n_parts, 0, copy, this};
+    for (int64_t i = 0; i < c.n_parts; ++i)
+      for (int d = 0; d < p.D; ++d) {
+        const int64_t s0 = c.bounds[i], s1 = c.bounds[i + 1];
+        p.parts.rows = std::max(p.parts.rows, p.end_row(d, s0, s1) - p.first_row(d, s0, s1));
+      }
+    rows_ = p.parts.rows, part_.resize(size_t(p.D * rows_ * columns_)), p.gx = part_.data();
+  }
+
+ private:
+  static void copy(void* self, int d, int64_t row, int64_t rows) {
+    InParts& s = *static_cast<InParts*>(self);
+    const auto to = s.part_.begin() + d * s.rows_ * s.columns_;
+    std::fill_n(to, s.rows_ * s.columns_, Storage(std::nanf("")));
+    std::copy_n(s.whole_ + (d * s.N_ + row) * s.columns_, rows * s.columns_, to);
+  }
+
+  const Storage* whole_;
+  int64_t N_, columns_, rows_ = 0;
+  std::vector<Storage> part_;
 };
 
 void run(const MutantRecurrent& c) {
@@ -107,6 +135,7 @@ void run(const MutantRecurrent& c) {
   p.y = arrays.result(c.y, steps * c.P), p.h_n = arrays.result(c.h_n, states * c.P);
   p.c_n = arrays.result(c.c_n, states * c.H), p.cells = arrays.result(c.cells, steps * c.H);
   p.gates = arrays.result(c.gates, steps * kSaved[c.cell] * c.H);
+  const InParts parts(c, p);
   RecurrentGrads g;
   g.dy = arrays.argument(c.dy, steps * c.P), g.dh_n = arrays.argument(c.dh_n, states * c.P);
   g.dc_n = arrays.argument(c.dc_n, states * c.H);

@@ -31,7 +31,7 @@ LSTM_MUTATIONS = (
     Mutation("mask_of_another_sequence", FWD, "mask + (d * p.steps.B + slice.sequence(k)) * P",
              "mask + (d * p.steps.B + k) * P"),
     Mutation("reverse_off_by_one", FWD, "reverse ? T_ - 1 - s : s", "reverse ? (T_ - s) % T_ : s"),
-    Mutation("reverse_of_the_first", FWD, "p.reverse >> d & 1", "p.reverse & 1"),
+    Mutation("reverse_of_the_first", FWD, "p.backwards(d)", "p.backwards(0)"),
     Mutation("h_n_of_the_last_row", FWD, "reverse ? 0 : length - 1", "length - 1"),
     Mutation("h_n_of_padding", FWD, "reverse ? 0 : length - 1",
              "reverse ? 0 : p.steps.offsets ? length - 1 : T_ - 1"),
@@ -44,6 +44,16 @@ LSTM_MUTATIONS = (
     Mutation("projection_transposed", FWD, "pack_rows_as_columns<4>("
              "static_cast<const T*>(p_.w_hr[d]), p_.H,",
              "pack_columns<4>(static_cast<const T*>(p_.w_hr[d]), p_.H, p_.P,"),
+    Mutation("part_begins_anew", FWD, "if (s0 == 0) {", "{"),
+    Mutation("part_ends_the_call", FWD, "if (s1 == T_) end();", "if (s0 == 0) end();"),
+    Mutation("parity_of_the_part", FWD, "s & 1);", "s - s0 & 1);"),
+    Mutation("rows_of_the_first_part", FWD, "first_row_[d] = p_.first_row(d, s0, s1);",
+             "first_row_[d] = p_.first_row(d, 0, s1);"),
+    Mutation("part_of_the_first_direction", FWD, "(d * rows + row - f.first_row_[d])",
+             "(d * rows + row - f.first_row_[0])"),
+    Mutation("directions_a_whole_apart", FWD, "p.parts.n ? p.parts.rows : N", "N"),
+    Mutation("end_of_the_part_lost", "recurrent.h", "steps.first(backwards(d) ? steps.T - s0 : s1)",
+             "steps.first(backwards(d) ? steps.T - s0 - 1 : s1)"),
     Mutation("gh_by_slot", FWD, "static_cast<const T*>(p.gh) +"
              " (d * p.steps.B + slice.sequence(k))", "static_cast<const T*>(p.gh) +"
              " (d * p.steps.B + k)"),
@@ -79,8 +89,8 @@ LSTM_MUTATIONS = (
     Mutation("slices_overlap", PLAN, "const int64_t slot = first + k * apart;"
              " return steps->index", "const int64_t slot = k; return steps->index"),
     Mutation("slice_ends_early", PLAN, "div_up(n - first, apart) : 0", "(n - first) / apart : 0"),
-    Mutation("rows_of_the_step_before", PLAN, "steps->offsets ? steps->offsets[t] :",
-             "steps->offsets ? steps->offsets[t > 0 ? t - 1 : 0] :"),
+    Mutation("rows_of_the_step_before", PLAN, "steps->first(t) + sequence(k)",
+             "steps->first(t > 0 ? t - 1 : 0) + sequence(k)"),
     Mutation("share_loses_the_rest", PLAN, "end(n * (member + 1) / of)",
              "end(n / of * (member + 1))"),
     Mutation("turning_skips_one", PLAN, "end - 1 - i", "std::max(begin, end - 2 - i)"),

@@ -38,6 +38,8 @@ LSTM_CASES: dict[str, dict[str, Any]] = {
     "projected": {"T": 5, "B": 4, "H": 27, "P": 18, "D": 2, "lengths": [2, 5, 0, 4], "mask": True},
     "one_step": {"T": 1, "B": 4, "H": 6, "D": 2, "lengths": [0, 1, 0, 1], "mask": True, "gh": True},
     "many_rows": {"T": 2, "B": 100, "H": 5},
+    "parts": {"T": 7, "B": 3, "H": 10, "D": 2, "bounds": [0, 3, 4, 7], "mask": True},
+    "parts_team": {"T": 6, "B": 3, "H": 66, "threads": 2, "bounds": [0, 1, 6]},
     "slices": {"T": 4, "B": 9, "H": 64, "lengths": [1, 4, 2, 4, 3, 4, 4, 2, 4], "threads": 2},
     "team": {"T": 6, "B": 3, "H": 66, "D": 2, "threads": 4},
     "team_of_three": {"T": 5, "B": 3, "H": 79, "threads": 3},
@@ -47,6 +49,8 @@ GRU_CASES: dict[str, dict[str, Any]] = {
     "gru": {"cell": GRU, "T": 5, "B": 3, "H": 19, "D": 2, "mask": True},
     "gru_lengths": {"cell": GRU, "T": 6, "B": 5, "H": 10, "D": 2, "lengths": [2, 6, 0, 1, 4]},
     "gru_packed": {"cell": GRU, "T": 6, "B": 5, "H": 9, "D": 2, "packed": [6, 5, 5, 2, 1]},
+    "gru_parts": {"cell": GRU, "T": 6, "B": 5, "H": 9, "D": 2, "packed": [6, 5, 5, 2, 1],
+                  "bounds": [0, 1, 4, 6]},
     "gru_one_step": {"cell": GRU, "T": 1, "B": 4, "H": 6, "D": 2, "mask": True, "gh": True},
     "gru_team": {"cell": GRU, "T": 6, "B": 3, "H": 75, "threads": 2},
     "tanh": {"cell": RNN_TANH, "T": 5, "B": 3, "H": 37, "D": 2, "mask": True},
@@ -67,6 +71,7 @@ TILE_CASES: dict[str, dict[str, Any]] = {
     "blocks": {"T": 3, "B": 35, "H": 83, "half": True},
     "projected": {"T": 3, "B": 19, "H": 75, "P": 37, "D": 2, "half": True},
     "team": {"T": 4, "B": 20, "H": 130, "threads": 2, "half": True},
+    "parts": {"T": 5, "B": 17, "H": 21, "bounds": [0, 2, 5], "half": True},
     "gru_tiles": {"cell": GRU, "T": 3, "B": 35, "H": 37, "mask": True, "half": True},
     "gru_blocks": {"cell": GRU, "T": 3, "B": 49, "H": 71, "half": True},
 }  # fmt: skip
@@ -76,11 +81,14 @@ class Case:
     """Arguments, and what is right."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        torch.manual_seed(0)  # a case's numbers do not depend on the others
         given = {"cell": LSTM, "D": 1, "threads": 1, **spec}
         self.cell, D, T, B, H = (given[n] for n in ("cell", "D", "T", "B", "H"))
         P, G = given.get("P", H), GATES[self.cell]
         reverse = 2 if D == 2 else T % 2
         self.steps, self.ints, self.here = _steps(given)
+        if "bounds" in given:  # of the parts that gx comes in
+            self.ints["bounds"] = torch.tensor(given["bounds"])
         N = len(self.here)
         shapes = {
             "gx": (D, N, G * H), "w_hh": (D, G * H, P), "b_ih": (D, G * H), "b_hh": (D, G * H),
@@ -104,6 +112,7 @@ class Case:
             self.right = self.results(torch.float64)
             self.plain = [self.results(self.dtype)]
         numbers = self.numbers | {"H": H, "P": P, "D": D, "B": B, "N": N}
+        numbers["n_parts"] = max(0, len(given.get("bounds", ())) - 1)
         self.arrays = {n: np.asarray(x) for n, x in (self.tensors | self.ints).items()}
         self.arrays |= {n: np.asarray(x) for n, x in numbers.items()}
         self.arrays |= {"threads": np.asarray(given["threads"]), "here": self.here.numpy()}
@@ -196,7 +205,6 @@ def definitions(isa: str, level: int, what: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module", params=[kind for kind in KINDS if runs_here(kind)])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    torch.manual_seed(0)
     kind = request.param
     isa, level, what, mutations, specs = KINDS[kind]
     headers = ("immintrin.h",) if level else ()

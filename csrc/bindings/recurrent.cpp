@@ -1,12 +1,12 @@
-// torch.ops.fastattn.recurrence_cpu_{fwd,bwd}: checks, allocation, launch. One layer of an LSTM, a
-// GRU or an RNN after the product of its inputs; the op around it is Python.
+// torch.ops.fastattn.recurrence_cpu_{layer,fwd,bwd}: checks, allocation, launch. One layer of an
+// LSTM, a GRU or an RNN, with or after the product of its inputs; the op around it is Python.
 
 #include "../cpu/recurrent.h"
 
 #include <numeric>
 #include <tuple>
 
-#include "row_args.h"
+#include "products.h"
 
 namespace {
 
@@ -27,7 +27,7 @@ class Call {
 
   Call(const Tensor& gx, const Shape& gx_shape, Opt gh, Weights w, Tensor h0, Opt c0, Opt h_mask,
        Opt offsets, Opt lengths, int64_t T, int64_t cell, int64_t reverse) {
-    dtype = row_dtype(kOp, gx, "gx");
+    dtype = row_dtype(kOp, gx, "the input");
     check(cell >= 0 && cell <= 3, "cell must be 0 to 3");
     check(h0.dim() == 3 && gx_shape.size() == 3 && h0.size(0) == gx_shape[0] && h0.size(0) >= 1 &&
               h0.size(0) <= 2,
@@ -149,14 +149,74 @@ Tensor copy_of(const void* data, const Shape& shape, DType dtype) {
   return x;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_fwd(
-    Tensor gx, Opt gh, Opt w_hh, Opt w_hh_reverse, Opt b_ih, Opt b_ih_reverse, Opt b_hh,
-    Opt b_hh_reverse, Opt w_hr, Opt w_hr_reverse, Tensor h0, Opt c0, Opt h_mask, Opt offsets,
-    Opt lengths, int64_t T, int64_t cell, int64_t reverse, bool save) {
-  Call c(gx, shape_of(gx), gh,
-         {w_hh, w_hh_reverse, b_ih, b_ih_reverse, b_hh, b_hh_reverse, w_hr, w_hr_reverse}, h0, c0,
-         h_mask, offsets, lengths, T, cell, reverse);
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The product of the inputs, made a part at a time: a whole gx is written to memory once and read
+// from there again, and beyond some 32 MB its pages are new ones in every call. A part is large
+// enough for the library to pack w_ih for it.
+class Inputs {
+ public:
+  Inputs(const Tensor& x, const Tensor& w_ih, const Opt& w_ih_reverse) : x_(x), w_{w_ih} {
+    if (w_ih_reverse) w_.push_back(*w_ih_reverse);
+    for (const Tensor& w : w_) {
+      STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && w.size(1) == x.size(1), "fastattn::", kOp,
+                      ": x must have shape (N, I) and w_ih (G H, I), got ", text(x), " and ",
+                      text(w));
+      STD_TORCH_CHECK(w.scalar_type() == x.scalar_type(), "fastattn::", kOp,
+                      ": x and w_ih must have one dtype");
+      STD_TORCH_CHECK(w.size(0) == w_ih.size(0), "fastattn::", kOp,
+                      ": the directions' w_ih must have one shape");
+    }
+  }
+  Shape gx_shape() const { return {int64_t(w_.size()), x_.size(0), w_[0].size(0)}; }
+
+  // Cuts p's steps, where gx may be in parts.
+  void cut(RecurrentParams& p, DType dtype, bool whole) {
+    constexpr int64_t kLeast = 1024, kBytes = 8 << 20;
+    const int64_t N = p.steps.N, T = p.steps.T,
+                  row = w_[0].size(0) * (dtype == DType::kF32 ? 4 : 2);
+    const int64_t parts = whole ? 1 : N / std::max(kLeast, kBytes / (p.D * row)), most = p.D * N;
+    bounds_ = {0};
+    int64_t here = 0;
+    for (int64_t s = 0; s + 1 < T && parts > 1; ++s) {
+      for (int d = 0; d < p.D; ++d) here += p.end_row(d, s, s + 1) - p.first_row(d, s, s + 1);
+      if (here < (most + parts - 1) / parts) continue;
+      bounds_.push_back(s + 1), here = 0;
+    }
+    bounds_.push_back(T);
+    p.parts.n = int64_t(bounds_.size()) - 1, p.parts.bounds = bounds_.data();
+    for (int64_t i = 0; i < p.parts.n; ++i)
+      for (int d = 0; d < p.D; ++d) {
+        const int64_t s0 = bounds_[i], s1 = bounds_[i + 1];
+        p.parts.rows = std::max(p.parts.rows, p.end_row(d, s0, s1) - p.first_row(d, s0, s1));
+      }
+    gx_ = empty({p.D, p.parts.rows, w_[0].size(0)}, dtype);
+    p.gx = gx_.const_data_ptr(), p.parts.ctx = this;
+    p.parts.make = [](void* self, int d, int64_t first, int64_t rows) {
+      static_cast<const Inputs*>(self)->make(d, first, rows);
+    };
+  }
+  // All of it, where it is whole.
+  const Tensor& gx() const { return gx_; }
+
+ private:
+  void make(int d, int64_t first, int64_t rows) const {
+    const int64_t I = x_.size(1), columns = w_[0].size(0);
+    if (rows > 0)
+      product(view2(x_, rows, I, x_.stride(0), x_.stride(1), first * x_.stride(0)),
+              transposed(w_[d]), view2(gx_, rows, columns, columns, 1, d * gx_.size(1) * columns));
+  }
+
+  const Tensor x_;
+  std::vector<Tensor> w_;
+  std::vector<int64_t> bounds_;
+  Tensor gx_;
+};
+
+// gx or inputs: what the gates are made of.
+Results forward(Call& c, const Tensor* gx, Inputs* inputs, const Tensor& h0, bool save) {
   RecurrentParams& p = c.p;
+  const int cell = int(p.cell);
   const Shape h_shape{p.D, p.steps.B, p.P}, c_shape{p.D, p.steps.B, p.H};
   const bool lstm = p.cell == Cell::kLstm;
   Tensor y = empty({p.steps.N, p.D * p.P}, c.dtype);
@@ -166,23 +226,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_fwd(
             nothing(c.dtype)};
   Tensor h_n = empty(h_shape, c.dtype), c_n = lstm ? empty(c_shape, c.dtype) : nothing(c.dtype);
   // LSTM's gates overwrite what they are made of.
-  Tensor gates = save && kSaved[cell] && !lstm
-                     ? empty({p.D, p.steps.N, kSaved[cell] * p.H}, c.dtype)
-                     : nothing(c.dtype);
-  Tensor cells = save && lstm ? empty({p.D, p.steps.N, p.H}, c.dtype) : nothing(c.dtype);
-  p.gx = c.operand(gx, shape_of(gx), "gx");
-  STD_TORCH_CHECK(!(save && lstm) || p.gx == gx.const_data_ptr(), "fastattn::", kOp,
-                  ": gx must be contiguous");
+  const bool over = save && lstm;
+  Tensor cells = over ? empty({p.D, p.steps.N, p.H}, c.dtype) : nothing(c.dtype);
+  if (gx) {
+    p.gx = c.operand(*gx, shape_of(*gx), "gx");
+    STD_TORCH_CHECK(!over || p.gx == gx->const_data_ptr(), "fastattn::", kOp,
+                    ": gx must be contiguous");
+  } else {
+    inputs->cut(p, c.dtype, over);
+  }
+  Tensor gates = over && inputs ? inputs->gx() : nothing(c.dtype);
+  if (save && kSaved[cell] && !lstm) gates = empty({p.D, p.steps.N, kSaved[cell] * p.H}, c.dtype);
   p.y = data(y), p.h_n = data(h_n), p.c_n = data(c_n);
-  if (save) p.gates = lstm ? const_cast<void*>(p.gx) : data(gates), p.cells = data(cells);
+  if (save) p.gates = over ? const_cast<void*>(p.gx) : data(gates), p.cells = data(cells);
   recurrent_forward(p, threads());
   return {y, h_n, c_n, gates, cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_bwd(
-    Opt dy, Opt dh_n, Opt dc_n, Tensor y, Tensor gates, Tensor cells, Opt gh, Opt w_hh,
-    Opt w_hh_reverse, Opt w_hr, Opt w_hr_reverse, Tensor h0, Opt c0, Opt h_mask, Opt offsets,
-    Opt lengths, int64_t T, int64_t cell, int64_t reverse) {
+Results recurrence_fwd(Tensor gx, Opt gh, Opt w_hh, Opt w_hh_reverse, Opt b_ih, Opt b_ih_reverse,
+                       Opt b_hh, Opt b_hh_reverse, Opt w_hr, Opt w_hr_reverse, Tensor h0, Opt c0,
+                       Opt h_mask, Opt offsets, Opt lengths, int64_t T, int64_t cell,
+                       int64_t reverse, bool save) {
+  Call c(gx, shape_of(gx), gh,
+         {w_hh, w_hh_reverse, b_ih, b_ih_reverse, b_hh, b_hh_reverse, w_hr, w_hr_reverse}, h0, c0,
+         h_mask, offsets, lengths, T, cell, reverse);
+  return forward(c, &gx, nullptr, h0, save);
+}
+
+Results recurrence_layer(Tensor x, Tensor w_ih, Opt w_ih_reverse, Opt gh, Opt w_hh,
+                         Opt w_hh_reverse, Opt b_ih, Opt b_ih_reverse, Opt b_hh, Opt b_hh_reverse,
+                         Opt w_hr, Opt w_hr_reverse, Tensor h0, Opt c0, Opt h_mask, Opt offsets,
+                         Opt lengths, int64_t T, int64_t cell, int64_t reverse, bool save) {
+  Inputs inputs(x, w_ih, w_ih_reverse);
+  Call c(x, inputs.gx_shape(), gh,
+         {w_hh, w_hh_reverse, b_ih, b_ih_reverse, b_hh, b_hh_reverse, w_hr, w_hr_reverse}, h0, c0,
+         h_mask, offsets, lengths, T, cell, reverse);
+  return forward(c, nullptr, &inputs, h0, save);
+}
+
+Results recurrence_bwd(Opt dy, Opt dh_n, Opt dc_n, Tensor y, Tensor gates, Tensor cells, Opt gh,
+                       Opt w_hh, Opt w_hh_reverse, Opt w_hr, Opt w_hr_reverse, Tensor h0, Opt c0,
+                       Opt h_mask, Opt offsets, Opt lengths, int64_t T, int64_t cell,
+                       int64_t reverse) {
   STD_TORCH_CHECK(cell >= 0 && cell <= 3, "fastattn::", kOp, ": cell must be 0 to 3");
   STD_TORCH_CHECK(y.dim() == 2 && h0.dim() == 3, "fastattn::", kOp,
                   ": y must have shape (N, D P) and h0 (D, B, P)");
@@ -224,18 +309,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_bwd(
   return {dgx, dghn, dh0, dc0, dh};
 }
 
-// (D, N, columns) of like's dtype for a GEMM's result, on huge pages where there are some: at T =
-// 128, B = 32, H = 512 faults of small ones took a quarter of the inputs' GEMM.
-Tensor recurrence_empty(Tensor like, int64_t D, int64_t N, int64_t columns) {
-  STD_TORCH_CHECK(D >= 0 && N >= 0 && columns >= 0, "fastattn::", kOp,
-                  ": sizes must not be negative");
-  return empty({D, N, columns}, row_dtype(kOp, like, "like"));
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("recurrence_cpu_empty", TORCH_BOX(&recurrence_empty));
+  m.impl("recurrence_cpu_layer", TORCH_BOX(&recurrence_layer));
   m.impl("recurrence_cpu_fwd", TORCH_BOX(&recurrence_fwd));
   m.impl("recurrence_cpu_bwd", TORCH_BOX(&recurrence_bwd));
 }

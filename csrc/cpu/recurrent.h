@@ -30,6 +30,20 @@ struct Steps {
   const int64_t* lengths = nullptr;  // (B,) by slot, falling; null: as offsets say, or all T
   const int64_t* index = nullptr;    // (B,): the sequence of a slot; null: the slot itself
   const int64_t* active = nullptr;   // (T,): n_t; null: all B
+
+  int64_t first(int64_t t) const { return offsets ? offsets[t] : t * B; }
+};
+
+// gx made in parts, which stay in the caches and in few pages. Before the steps [bounds[i],
+// bounds[i + 1]) of every direction, counted as it takes them, `make` runs on the caller's thread
+// and writes what these steps read, rows [row, row + rows) of the whole, to the start of its
+// direction in gx.
+struct Parts {
+  const int64_t* bounds = nullptr;  // (n + 1,), from 0 to T
+  int64_t n = 0;                    // 0: gx is whole
+  int64_t rows = 0;                 // of gx a direction
+  void (*make)(void* ctx, int d, int64_t row, int64_t rows) = nullptr;
+  void* ctx = nullptr;
 };
 
 // Storage of every operand is of one dtype; rows are contiguous.
@@ -40,7 +54,9 @@ struct RecurrentParams {
   int D = 1;
   unsigned reverse = 0;  // bit d: direction d runs from the last step to the first
   Steps steps;
-  const void* gx = nullptr;  // (D, N, G H), without biases; may be gates (LSTM)
+  Parts parts;
+  const void* gx =
+      nullptr;  // (D, N or parts.rows, G H), without biases; where whole it may be gates
   const void* gh = nullptr;  // (D, B, G H): W_hh h0 made by the caller (T = 1), or null
   const void* w_hh[2] = {};  // (G H, P); unused where gh is given
   const void *b_ih[2] = {}, *b_hh[2] = {};            // (G H,) or null
@@ -49,6 +65,15 @@ struct RecurrentParams {
   const void* h_mask = nullptr;                       // (D, B, P) or null
   void *y = nullptr, *h_n = nullptr, *c_n = nullptr;  // (N, D P), (D, B, P), (D, B, H): results
   void *gates = nullptr, *cells = nullptr;            // (D, N, 4 H), (D, N, H): results, or null
+
+  bool backwards(int d) const { return reverse >> d & 1; }
+  // Where the rows of direction d's steps [s0, s1) begin and end.
+  int64_t first_row(int d, int64_t s0, int64_t s1) const {
+    return steps.first(backwards(d) ? steps.T - s1 : s0);
+  }
+  int64_t end_row(int d, int64_t s0, int64_t s1) const {
+    return steps.first(backwards(d) ? steps.T - s0 : s1);
+  }
 };
 
 // p: as in the forward; y, gates, cells are inputs, h_n and c_n unused.

@@ -106,7 +106,7 @@ class RecurrentBackward {
     // Panels of columns of h, and of hidden units: the same ones without a projection.
     const Share columns{f.panels_, member, team.size()};
     const Share hidden{f.h_panels_, member, team.size()};
-    const bool reverse = p.reverse >> d & 1, relu = p.cell == Cell::kRelu;
+    const bool reverse = p.backwards(int(d)), relu = p.cell == Cell::kRelu;
     const T* const mask = static_cast<const T*>(p.h_mask);
 
     void run() {

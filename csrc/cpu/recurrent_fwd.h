@@ -27,10 +27,19 @@ class RecurrentForward {
     Arena arena(memory.reserve(sizes.used()));
     layout(arena);
     pack();
-    run_groups(plan_, parallel_, [&](int group, Team& team, int member) FASTATTN_LAMBDA {
-      Member m{*this, group, team, member};
-      m.run();
-    });
+    const Parts& parts = p_.parts;
+    for (int64_t i = 0; i < std::max<int64_t>(parts.n, 1); ++i) {
+      const int64_t s0 = parts.n ? parts.bounds[i] : 0,
+                    s1 = parts.n ? parts.bounds[i + 1] : p_.steps.T;
+      for (int d = 0; d < (parts.n ? p_.D : 0); ++d) {
+        first_row_[d] = p_.first_row(d, s0, s1);
+        parts.make(parts.ctx, d, first_row_[d], p_.end_row(d, s0, s1) - first_row_[d]);
+      }
+      run_groups(plan_, parallel_, [&](int group, Team& team, int member) FASTATTN_LAMBDA {
+        Member m{*this, group, team, member};
+        m.run(s0, s1);
+      });
+    }
   }
 
  private:
@@ -109,21 +118,28 @@ class RecurrentForward {
     const int member;
     const RecurrentParams& p = f.p_;
     const int64_t H = p.H, P = p.P, N = p.steps.N, T_ = p.steps.T;
-    const int64_t d = group / f.plan_.slices;
+    const int d = group / f.plan_.slices;
     const Slice slice = f.plan_.slice(p.steps, group);
     const Group& g = f.groups_[group];
     float* const sums = f.sums_[group * f.plan_.team + member];
     const Share units{f.panels_, member, team.size()}, outs{f.out_panels_, member, team.size()};
-    const bool reverse = p.reverse >> d & 1, relu = p.cell == Cell::kRelu;
+    const bool reverse = p.backwards(d), relu = p.cell == Cell::kRelu;
     const T* const mask = static_cast<const T*>(p.h_mask);
     T* const y = static_cast<T*>(p.y) + d * P;
 
-    void run() {
-      begin();
-      team.barrier();
+    void run(int64_t s0, int64_t s1) {
+      if (s0 == 0) {
+        begin();
+        team.barrier();
+      }
       [[maybe_unused]] typename E::Scope scope;
-      for (int64_t s = 0; s < T_; ++s) step(reverse ? T_ - 1 - s : s, s & 1);
-      end();
+      for (int64_t s = s0; s < s1; ++s) step(reverse ? T_ - 1 - s : s, s & 1);
+      if (s1 == T_) end();
+    }
+
+    const T* gx(int64_t row) const {
+      const int64_t rows = p.parts.n ? p.parts.rows : N;
+      return static_cast<const T*>(p.gx) + (d * rows + row - f.first_row_[d]) * kGates * H;
     }
 
     // Columns of h that are the member's: with a projection those of its part of the product.
@@ -193,7 +209,7 @@ class RecurrentForward {
     // gx is read once, in pieces too small for the hardware's prefetchers: they come meanwhile.
     void ask_for(int64_t t, int64_t panel, int64_t r, int64_t rows) const {
       for (int64_t k = r; k < r + rows; ++k) {
-        const T* row = static_cast<const T*>(p.gx) + (d * N + slice.row(t, k)) * kGates * H;
+        const T* row = gx(slice.row(t, k));
         for (int gate = 0; gate < kGates; ++gate) prefetch(row + gate * H + panel * kUnits);
       }
     }
@@ -225,7 +241,7 @@ class RecurrentForward {
     FASTATTN_INLINE void one_cell(int64_t row, int64_t k, int64_t u, int64_t n, const float* sum,
                                   int parity) const {
       CellIn in;
-      const T* x = static_cast<const T*>(p.gx) + (d * N + row) * kGates * H + u;
+      const T* x = gx(row) + u;
 #pragma GCC unroll 4
       for (int gate = 0; gate < kGates; ++gate) {
         in.x[gate] = load_lanes(x + gate * H, n) + load(f.biases_[d].x + gate * f.lane_ + u);
@@ -299,6 +315,7 @@ class RecurrentForward {
   const int64_t panels_, out_panels_;
   RecurrentPlan plan_;
   int64_t k_ = 0, k_hr_ = 0, lane_ = 0;
+  int64_t first_row_[2] = {};  // of the whole, in gx's first row: by direction
   A *w_[2] = {}, *w_hr_[2] = {};
   Biases biases_[2] = {};
   std::vector<Group> groups_;

@@ -19,9 +19,7 @@ struct Slice {
     const int64_t slot = first + k * apart;
     return steps->index ? steps->index[slot] : slot;
   }
-  int64_t row(int64_t t, int64_t k) const {
-    return (steps->offsets ? steps->offsets[t] : t * steps->B) + sequence(k);
-  }
+  int64_t row(int64_t t, int64_t k) const { return steps->first(t) + sequence(k); }
   int64_t length(int64_t k) const {
     const int64_t slot = first + k * apart;
     if (steps->lengths) return steps->lengths[slot];

@@ -1,6 +1,6 @@
 """The torch.library ops beneath LSTM, GRU and RNN, one layer each: schema, fake, autograd.
 
-A layer is the product of all steps' inputs (torch's GEMM), the recurrence (a backend's kernels),
+A layer is the product of its inputs (torch's GEMM, on a CPU in parts), the recurrence (a backend's kernels),
 and in the backward the weights' gradients (torch's GEMMs again, over all steps at once). The
 recurrence is reference/recurrent.py's; its kernels on the CPU are csrc/bindings/recurrent.cpp,
 on Triton recurrent_triton.py, in CUDA C++ recurrent_cuda.py.
@@ -59,15 +59,19 @@ for _suffix in _SUFFIXES.values():
         + ")",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-# What the CPU's layer runs between its GEMMs; not for callers. gx is overwritten by LSTM's gates.
+# What the CPU's layer is made of; not for callers. gx is overwritten by LSTM's gates.
 _PAIRS = "Tensor? w_hh, Tensor? w_hh_reverse, "
 _BIASES = "Tensor? b_ih, Tensor? b_ih_reverse, Tensor? b_hh, Tensor? b_hh_reverse, "
 _NUMBERS = "int T, int cell, int reverse"
 _REST = f"Tensor? w_hr, Tensor? w_hr_reverse, Tensor h0, Tensor? c0, {_MASKS}, {_NUMBERS}"
-lib.define("recurrence_cpu_empty(Tensor like, int D, int N, int columns) -> Tensor")
+_RESULTS = "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+lib.define(
+    "recurrence_cpu_layer(Tensor x, Tensor w_ih, Tensor? w_ih_reverse, Tensor? gh, "
+    f"{_PAIRS}{_BIASES}{_REST}, bool save) -> {_RESULTS}"
+)
 lib.define(
     f"recurrence_cpu_fwd(Tensor(a!) gx, Tensor? gh, {_PAIRS}{_BIASES}{_REST}, bool save) -> "
-    "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+    f"{_RESULTS}"
 )
 lib.define(
     f"recurrence_cpu_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_SAVED}, Tensor? gh, "
@@ -120,19 +124,10 @@ Backward = Callable[..., tuple[Tensor, ...]]
 
 def _cpu_fwd(*args: Any) -> tuple[Tensor, ...]:
     layer, steps, save = _Layer.of(args[:_N_TENSORS]), Steps(*args[_N_TENSORS:-1]), args[-1]
-    x, D = layer.x, len(layer.weights)
-    columns = layer.weights[0][0].shape[0]
-    gx = torch.ops.fastattn.recurrence_cpu_empty(x, D, x.shape[0], columns)
-    for d, w in enumerate(layer.weights):
-        if not w[0].shape[0] == w[1].shape[0] == gx.shape[2]:  # `out` would be resized
-            raise ValueError("fastattn::recurrent_layer_fwd: w_ih and w_hh must have G H rows")
-        mm(x, w[0].t(), out=gx[d])
-    gh = _one_step(layer, steps)
-    y, h_n, c_n, gates, cells = torch.ops.fastattn.recurrence_cpu_fwd(
-        gx, gh, *layer.both(1), *layer.both(2), *layer.both(3), *layer.both(4), layer.h0, layer.c0,
-        *steps, save,
+    return torch.ops.fastattn.recurrence_cpu_layer(  # type: ignore[no-any-return]
+        layer.x, *layer.both(0), _one_step(layer, steps), *layer.both(1), *layer.both(2),
+        *layer.both(3), *layer.both(4), layer.h0, layer.c0, *steps, save,
     )  # fmt: skip
-    return y, h_n, c_n, gx if save and steps.cell == LSTM else gates, cells
 
 
 def _one_step(layer: _Layer, steps: Steps) -> Tensor | None:
