@@ -199,6 +199,7 @@ setup(
                 "csrc/bindings/recurrent.cpp",
                 "csrc/bindings/recurrent_step.cpp",
                 "csrc/cpu/isa.cpp",
+                "csrc/cpu/huge_pages.cpp",
                 "csrc/cpu/scratch.cpp",
                 "csrc/cpu/attention.cpp",
                 "csrc/cpu/attention_kv_cache.cpp",

@@ -57,4 +57,5 @@ void recurrent_step_backward(const StepParams& p, const StepGrads& g, const Para
 bool fastattn::fp32_multiplies_faster() { return true; }
 #endif
 
+#include "huge_pages.cpp"
 #include "scratch.cpp"

@@ -94,7 +94,7 @@ def build(
     home = folder / "cpu"  # in a folder of its own: mutants are built at the same time
     shutil.rmtree(home, ignore_errors=True)  # of the sample, before all
     home.mkdir(parents=True)
-    own = ("scratch.cpp", "embedding.cpp")
+    own = ("scratch.cpp", "embedding.cpp", "huge_pages.cpp")
     for file in (*CPU.glob("*.h"), *(CPU / name for name in (source, *beside, *own))):
         shutil.copy(file, home)
     shutil.copy(CPU.parent / "operands.h", folder)  # "../operands.h"

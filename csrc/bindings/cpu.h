@@ -6,13 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cstdint>
 #include <vector>
 
+#include "../cpu/huge_pages.h"
 #include "../cpu/parallel.h"
 
 namespace fastattn::binding {
@@ -26,18 +23,6 @@ inline Parallel threads() {
     });
   };
   return p;
-}
-
-// A large result is touched first by the kernel, page by page: 250 faults a MB, a tenth of the time
-// of a backward that returns a full bias gradient. Only whole huge pages inside the tensor.
-inline void ask_for_huge_pages(const void* data, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = 2u << 20;
-  const uintptr_t begin = (uintptr_t(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) / kHuge * kHuge;
-  if (bytes >= int64_t(2 * kHuge) && begin < end)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
-#endif
 }
 
 // Through the C shim: new_empty by way of the dispatcher costs a small call as much as its kernel.
