@@ -1,8 +1,8 @@
 """The torch.library ops beneath LSTM, GRU and RNN, one layer each: schema, fake, autograd.
 
-A layer is the product of its inputs (torch's GEMM, on a CPU in parts), the recurrence (a backend's kernels),
-and in the backward the weights' gradients (torch's GEMMs again, over all steps at once). The
-recurrence is reference/recurrent.py's; its kernels on the CPU are csrc/bindings/recurrent.cpp,
+A layer is the product of its inputs (torch's GEMM, on a CPU in parts), the recurrence (a backend's
+kernels), and in the backward the weights' gradients (torch's GEMMs again, over all steps at once).
+The recurrence is reference/recurrent.py's; its kernels on the CPU are csrc/bindings/recurrent.cpp,
 on Triton recurrent_triton.py, in CUDA C++ recurrent_cuda.py.
 
 Saved for the backward besides the inputs: y, the gates after their nonlinearities (4 H a row; none
