@@ -28,13 +28,13 @@ inline bool panels_serve(const FfnParams& p, int threads) {
 #endif
 
 bool ffn_serves(const FfnParams& p, int threads) {
-#if FASTATTN_LEVEL >= 3
   // Saving the hidden layer means transposing it, which many rows do not pay for.
-  const bool saves = p.u.ptr || p.a.ptr;
-  if (TileProducts::serve(p) && blocks_serve(p, threads) && !(saves && p.M > 256)) return true;
+  [[maybe_unused]] const bool pays = !(p.u.ptr || p.a.ptr) || p.M <= 256;
+#if FASTATTN_LEVEL >= 3
+  if (TileProducts::serve(p) && blocks_serve(p, threads) && pays) return true;
 #endif
 #if FASTATTN_LEVEL >= 2
-  if (panels_serve(p, threads)) return true;
+  if (panels_serve(p, threads) && pays) return true;
 #endif
   return p.M <= few_rows(false) || ffn_few_tokens_serve(p);
 }
