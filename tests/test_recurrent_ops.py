@@ -103,6 +103,7 @@ UNEVEN = torch.tensor([0, 60, 1, *range(27, 60), *[59] * 20])
 IN_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("lstm", {"T": 33, "B": 64, "H": 256, "D": 2}),
     "lstm_lengths": ("lstm", {"T": 60, "B": 56, "H": 256, "D": 2, "lengths": UNEVEN}),
+    "lstm_bf16": ("lstm", {"T": 42, "B": 100, "H": 256, "D": 2, "dtype": torch.bfloat16}),
     "lstm_projected": ("lstm", {"T": 52, "B": 40, "H": 512, "proj": 40}),
     "gru": ("gru", {"T": 3, "B": 1400, "H": 200, "D": 2}),
     "gru_packed": ("gru", {"T": 70, "B": 140, "H": 341, "packed": [*range(1, 71)] * 2}),
