@@ -34,7 +34,7 @@ inline void store_row(DType dtype, const float* src, int64_t n, float factor, vo
 }
 
 inline void zero_row(DType dtype, int64_t n, void* dst) {
-  std::memset(dst, 0, size_t(n * size_of(dtype)));
+  if (n > 0) std::memset(dst, 0, size_t(n * size_of(dtype)));
 }
 
 template <class T>

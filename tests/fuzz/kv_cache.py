@@ -91,7 +91,7 @@ _ROLES: dict[str, spoil.Ways] = {
     "causal": spoil.FLAG,
     "window": WINDOW,
     "mask": spoil.MASK,
-    "alibi_slopes": {**spoil.VECTOR, **spoil.DEEPER},
+    "alibi_slopes": spoil.VECTOR,  # one dimension more is a sequence's own
     "softcap": {**spoil.POSITIVE, **spoil.constants(0.0)},
     "sinks": {**spoil.VECTOR, **spoil.DEEPER},
     "scale": spoil.NUMBER,
