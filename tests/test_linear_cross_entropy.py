@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rule import EPS32, Draws, assert_within, one_thread, unit
 from test_attention_ops import compiled, op_calls_of, same_as_eager
 from tools import DTYPES
@@ -288,3 +289,18 @@ def test_one_token() -> None:
     assert (tensors["x"].dim(), kwargs["target"].dim()) == (1, 0)
     for reduction in ("mean", "none"):
         judge(tensors, {**kwargs, "reduction": reduction})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [5, 300])  # products of the library, and of widened blocks
+def test_logits_are_rounded_with_their_bias(n: int, dtype: torch.dtype) -> None:
+    """Large products that the bias takes back: rounded without it they lose three bits more."""
+    x, w = torch.randn(n, n), torch.randn(n, n) * n**-0.5
+    x[:, 0], w[:, 0] = 8.0, 1.0
+    x, w, bias = x.to(dtype), w.to(dtype), (torch.randn(n) * 0.1 - 8.0).to(dtype)
+    target = torch.randint(n, (n,))
+    logits = (x.double() @ w.double().T + bias.double()).to(dtype)
+    right = F.cross_entropy(logits.double(), target, reduction="none")
+    got = fastattn.linear_cross_entropy(x, w, target, bias, reduction="none", backend="cpu")
+    error = (got.double() - right).abs().mean()
+    assert error < torch.finfo(dtype).eps / 8

@@ -1,5 +1,5 @@
 // See products.h; and torch.ops.fastattn.{product_cpu, product_cpu_out, product_cpu_add,
-// linear_cpu} for the Python layer.
+// product_cpu_bias, linear_cpu} for the Python layer.
 
 #include "products.h"
 
@@ -187,6 +187,14 @@ bool product_cpu_add(Tensor a, Tensor b, Tensor out) {
   return widened(a, b, std::nullopt, out, true);
 }
 
+// out = a b + bias, likewise.
+bool product_cpu_bias(Tensor a, Tensor b, Tensor bias, Tensor out) {
+  check(a, b, out);
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == b.size(1), "fastattn::", kOp,
+                  ": bias must be (N,), got ", text(bias));
+  return widened(a, b, bias, out);
+}
+
 Tensor linear_cpu(Tensor x, Tensor w, Opt bias) { return linear(x, w, bias); }
 
 }  // namespace
@@ -219,5 +227,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("product_cpu", TORCH_BOX(&product_cpu));
   m.impl("product_cpu_out", TORCH_BOX(&product_cpu_out));
   m.impl("product_cpu_add", TORCH_BOX(&product_cpu_add));
+  m.impl("product_cpu_bias", TORCH_BOX(&product_cpu_bias));
   m.impl("linear_cpu", TORCH_BOX(&linear_cpu));
 }

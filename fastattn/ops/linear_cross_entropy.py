@@ -33,7 +33,7 @@ from fastattn.ops._eager import (
 from fastattn.ops._fakes import register_fake
 from fastattn.ops.attention_checks import fail
 from fastattn.ops.layernorm_op import lib
-from fastattn.ops.products import mm
+from fastattn.ops.products import mm, mm_bias
 
 _NAME = "linear_cross_entropy"
 _CHUNK = 32 << 20  # bytes of logits: they stay in a large L3
@@ -119,13 +119,21 @@ class _Pass:
         n, vocabulary = self.kept.numel(), self.w.shape[0]
         step = max(16, _CHUNK // (self.x.element_size() * max(vocabulary, 1)))
         logits = self.x.new_empty((min(n, step), vocabulary))
+        # 16 bits: logits are rounded once, with their bias, as torch's are.
+        bias = self.bias
+        inside = None if bias is None or bias.dtype != self.x.dtype else bias
+        inside = None if self.x.dtype == torch.float32 else inside
+        rest = bias if inside is None else torch.zeros_like(inside)
         for i in range(0, n, step):
             at = self.kept[i : i + step]
             rows, here = self.x[at], logits[: at.numel()]
-            mm(rows, self.w.t(), out=here)
+            if inside is None:
+                mm(rows, self.w.t(), out=here)
+            else:
+                mm_bias(rows, self.w.t(), inside, here)
             of_rows = None if scale is None else scale[at].float()
             self.losses[at], db = _rows(
-                here, self.bias, self.target[i : i + step], of_rows, share, self.smoothing,
+                here, rest, self.target[i : i + step], of_rows, share, self.smoothing,
                 self.need,
             )  # fmt: skip
             if self.need:

@@ -21,6 +21,7 @@ from fastattn.ops.layernorm_op import lib
 lib.define("product_cpu(Tensor a, Tensor b) -> Tensor")
 lib.define("product_cpu_out(Tensor a, Tensor b, Tensor(a!) out) -> ()")
 lib.define("product_cpu_add(Tensor a, Tensor b, Tensor(a!) out) -> bool")
+lib.define("product_cpu_bias(Tensor a, Tensor b, Tensor bias, Tensor(a!) out) -> bool")
 lib.define("linear_cpu(Tensor x, Tensor w, Tensor? bias) -> Tensor")
 
 
@@ -40,6 +41,13 @@ def addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if _ours(a) and torch.ops.fastattn.product_cpu_add(a, b, out):
         return out
     return out.addmm_(a, b)
+
+
+def mm_bias(a: Tensor, b: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """``torch.addmm(bias, a, b, out=out)``, likewise."""
+    if _ours(a) and torch.ops.fastattn.product_cpu_bias(a, b, bias, out):
+        return out
+    return torch.addmm(bias, a, b, out=out)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
