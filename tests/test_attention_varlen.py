@@ -195,3 +195,15 @@ def test_counts_of_sequences_are_compared_before_they_are_read() -> None:
     for cu_q, cu_k in ((endless, args[at + 1]), (args[at], endless)):
         with pytest.raises(RuntimeError, match="cu_seqlens_k must have shape"):
             op(*args[:at], cu_q, cu_k, *args[at + 2 :])
+
+
+@pytest.mark.parametrize("side", ["max_seqlen_q", "max_seqlen_k"])
+def test_lengths_beyond_all_work_are_refused(side: str) -> None:
+    """Work is shared out by them where there is a bias: a call with 2^62 did not end."""
+    x = torch.randn(5, 2, 8)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    lengths = {"max_seqlen_q": 8, "max_seqlen_k": 8, side: 2**62}
+    with pytest.raises(RuntimeError, match=r"must be below 2\^31"):
+        fastattn.attention_varlen(
+            x, x, x, starts, starts, bias=torch.zeros(1, 2, 1, 1), backend="cpu", **lengths
+        )

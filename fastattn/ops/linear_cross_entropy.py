@@ -121,8 +121,9 @@ class _Pass:
         logits = self.x.new_empty((min(n, step), vocabulary))
         # 16 bits: logits are rounded once, with their bias, as torch's are.
         bias = self.bias
-        inside = None if bias is None or bias.dtype != self.x.dtype else bias
-        inside = None if self.x.dtype == torch.float32 else inside
+        inside = bias
+        if bias is not None and not bias.dtype == self.x.dtype != torch.float32:
+            inside = None
         rest = bias if inside is None else torch.zeros_like(inside)
         for i in range(0, n, step):
             at = self.kept[i : i + step]
