@@ -5,6 +5,7 @@ and holds every output and gradient to the rule of rule.py: error <= 2 x that of
 the same dtype + floor.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -134,6 +135,38 @@ def norm_floors(call: Call, right: Result) -> dict[str, Tensor]:
     return {"dx": floor / (1 - call.kwargs.get("dropout_p", 0.0)), "dresidual": floor}
 
 
+def slope_terms(z: Tensor, activation: str) -> Tensor | None:
+    """|F(z)| + |z F'(z)| where the activation is z F(z): its slope is their sum, which cancels near
+    z = -0.75 (gelu) or -1.28 (silu)."""
+    factor: dict[str, Callable[[Tensor], Tensor]] = {
+        "gelu": torch.special.ndtr,
+        "gelu_tanh": lambda t: torch.sigmoid((8 / math.pi) ** 0.5 * (t + 0.044715 * t**3)),
+        "silu": torch.sigmoid,
+    }
+    if activation not in factor:
+        return None
+    z = z.detach().requires_grad_()
+    f = factor[activation](z)
+    (slope,) = torch.autograd.grad(f.sum(), z)
+    return f.detach() + (z * slope).detach().abs()
+
+
+def slope_floors(call: Call, right: Result) -> dict[str, Tensor]:
+    """Of bias_act: both terms of a slope are rounded. Sums of rounded terms err by their 2-norm."""
+    if call.op != "bias_act":
+        return {}
+    t = {n: x.detach().double() for n, x in call.tensors.items()}
+    up = t["x"] + t.get("bias", 0.0)
+    z = t["gate"] + t.get("gate_bias", 0.0) if "gate" in t else up
+    terms = slope_terms(z, call.kwargs.get("activation", "gelu"))
+    if terms is None:
+        return {}
+    g = call.upstream_for(right.outputs)[0].double() / (1 - call.kwargs.get("dropout_p", 0.0))
+    floor = unit(torch.float32) * terms * (g * up if "gate" in t else g).abs()
+    x, bias = ("dgate", "dgate_bias") if "gate" in t else ("dx", "dbias")
+    return {x: floor, bias: floor.square().sum_to_size(floor.shape[-1:]).sqrt()}
+
+
 def judge(call: Call, backend: str = "cpu") -> Result:
     """Run the call; hold outputs and gradients to the rule."""
     got = run(call, backend)
@@ -147,7 +180,7 @@ def judge(call: Call, backend: str = "cpu") -> Result:
             near = [right_plus_error_of_another(call, right) for _ in range(4)]
         orders += [partial(dict, x) for x in near]
     plain = Draws(lambda cast: by_reference(call, cast).all(), *orders)
-    floors = norm_floors(call, right)
+    floors = norm_floors(call, right) | slope_floors(call, right)
     for name, x in right.all().items():
         assert_within(name, got.all()[name], x, plain[name], floors.get(name, 0.0))
     for name, grad in got.grads.items():

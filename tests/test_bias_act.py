@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from ffn_tools import Call, judge, run
+from ffn_tools import Call, by_reference, judge, run, slope_terms
+from rule import EPS32
 from tools import DTYPES, KINDS, values
 from torch import Tensor
 
@@ -62,6 +63,20 @@ def test_far_ends(activation: str) -> None:
     if activation != "relu2":
         assert torch.equal(y[5:], x[5:])
         assert torch.equal(dx[5:], torch.ones(3))
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_slopes_next_to_their_zeros(activation: str, isa: str) -> None:
+    """Where the two terms of a slope cancel, no more is lost than four roundings of each."""
+    x = torch.linspace(-1.5, -0.5, 4001)
+    call = Call("bias_act", {"x": x}, {"activation": activation}, upstream=(torch.ones_like(x),))
+    with force_cpu_isa(isa):
+        got = run(call, "cpu").grads["x"].double()
+    terms = slope_terms(x.double(), activation)
+    assert terms is not None
+    error = (got - by_reference(call, Tensor.double).grads["x"]).abs()
+    assert (error <= 2 * EPS32 * terms).all()
 
 
 def test_gelu_keeps_its_digits_in_the_lower_tail() -> None:

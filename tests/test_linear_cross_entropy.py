@@ -40,18 +40,25 @@ def upstream(loss: Tensor) -> Tensor:
 
 def floors(tensors: dict[str, Tensor], kwargs: Any, loss: Tensor) -> dict[str, Tensor]:
     """A logit's gradient is softmax - target, which may cancel (of one class, to 0): both terms are
-    rounded. Sums of rounded terms err by their 2-norm."""
-    t = {n: x.double() for n, x in tensors.items()}
+    rounded. It is rounded to x's dtype itself, by us before what comes from above is known: where
+    those roundings take it across a tie, to the other neighbour. Sums of rounded terms err by their
+    2-norm."""
+    t, dtype = {n: x.double() for n, x in tensors.items()}, tensors["x"].dtype
     x, target = t["x"].reshape(-1, t["x"].shape[-1]), kwargs["target"].flatten()
-    logits = x @ t["weight"].T + t.get("bias", 0.0)
+    logits = (x @ t["weight"].T + t.get("bias", 0.0)).to(dtype).double()
     smoothing, classes = kwargs.get("label_smoothing", 0.0), logits.shape[1]
     wanted = torch.arange(classes) == target[:, None]
-    terms = logits.softmax(1) + (1 - smoothing) * wanted + smoothing / classes
+    softmax, less = logits.softmax(1), (1 - smoothing) * wanted + smoothing / classes
     counted = target != kwargs.get("ignore_index", -100)
     size = upstream(loss).double().abs().flatten() * counted
     if kwargs.get("reduction", "mean") == "mean":
         size = size / counted.sum().clamp(min=1)
-    squares = (unit(torch.float32) * terms * size[:, None]).square()
+    rounding = unit(torch.float32) * (softmax + less)
+    squares = (rounding * size[:, None]).square()
+    if dtype != torch.float32:
+        above = 1.0 if loss.dim() else upstream(loss).double().abs()
+        low, high = ((softmax - less + e) * size[:, None] / above for e in (-rounding, rounding))
+        squares += ((high.to(dtype).double() - low.to(dtype).double()) * above).square()
     found = {
         "dx": (squares @ t["weight"].square()).view(t["x"].shape),
         "dweight": squares.T @ x.square(),
