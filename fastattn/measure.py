@@ -77,8 +77,10 @@ def interleave(
     """Seconds per call of each function, one sample per round, order reversed every other round.
 
     `warmup` calls of each (at least one) come first. Stops early after `min_rounds` once
-    `max_seconds` have passed. The garbage collector is held off meanwhile.
+    `max_seconds` have passed. The garbage collector is held off meanwhile. The C heap is as that of
+    a process that has run for a while: what it was before depends on who ran first.
     """
+    _age_heap()
     repeats = {name: _warm(fn, warmup, min_seconds) for name, fn in fns.items()}
     samples: dict[str, list[float]] = {name: [] for name in fns}
     enabled = gc.isenabled()
@@ -127,6 +129,20 @@ def _status_kib(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     raise OSError(f"{_STATUS} has no {field}")
+
+
+def _age_heap() -> None:
+    """Free one block of almost 32 MiB, which takes glibc's heap to where it stays.
+
+    Up to there a block that is mapped from the system, page fault by page fault, raises the
+    threshold for mapping to its own size when it is freed, and that for giving free memory back to
+    twice that. Until then whoever allocates the larger blocks looks slower than he will be.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+        libc.free(libc.malloc((32 << 20) - (64 << 10)))
 
 
 def _release_free_heap() -> None:

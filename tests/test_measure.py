@@ -1,5 +1,9 @@
 """The stopwatch and the memory meter: a figure is worth no more than they are."""
 
+import os
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -49,6 +53,36 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
 
     measure.interleave({"a": call}, rounds=2, warmup=1, min_seconds=5e-3)
     assert count > 20
+
+
+HEAP = """
+import resource, sys
+from fastattn import measure
+import torch
+
+def call():
+    blocks = [torch.ones(6 << 20, dtype=torch.uint8) for _ in range(6)]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+for _ in range(3):
+    call()
+measure.interleave({"a": call}, rounds=3)
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's heap")
+def test_what_is_measured_has_a_warm_heap() -> None:
+    """Else glibc gives 36 MB back to the system after every call and gets them page by page."""
+    done = subprocess.run(
+        [sys.executable, "-c", HEAP], capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "0"},
+    )  # fmt: skip
+    assert int(done.stdout) < 300
 
 
 def test_peak_counts_what_is_freed_before_the_end() -> None:
