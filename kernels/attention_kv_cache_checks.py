@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.kernels.checks import LONGEST
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Tiles reach beyond a sequence's end: indices of keys stay below 2**31 with room for one.
-_MOST_KEYS = 2**31 - 2**16
 
 
 def _check(right: bool, *words: object) -> None:
@@ -55,7 +55,7 @@ def check_call(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lens: Tensor, 
         _integers(index, B, "cache_index")
     else:
         _check(entries == B, "k_cache must have ", B, " entries, got ", entries)
-    _check(S * columns <= _MOST_KEYS, "a sequence has at most ", _MOST_KEYS, " keys, got ",
+    _check(S * columns <= LONGEST, "a sequence has at most ", LONGEST, " keys, got ",
            S * columns)  # fmt: skip
     _rotary(cos, sin, D)
     if mask is not None:

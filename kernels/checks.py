@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Tiles reach beyond a sequence's end: their indices stay below 2**31.
+LONGEST = 2**31 - 2**16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,6 +27,9 @@ def check_call(
     mask, bias, q_lens, k_lens, cu_q, cu_k, alibi, sinks, seed = shared[:9]
     causal, dropout_p, weights = shared[10], shared[14], shared[15]
     B, H = sizes[:2]
+    names = ("q's length", "k's length") if cu_q is None else ("max_seqlen_q", "max_seqlen_k")
+    for name, n in zip(names, sizes[2:], strict=True):
+        _check(n <= LONGEST, name, " must be at most ", LONGEST, " for the kernels, got ", n)
     _check(q.dtype in _DTYPES, "q must be float32, bfloat16 or float16")
     _check(q.dtype == k.dtype == v.dtype, "q, k and v must have one dtype")
     heads = k.shape[1]

@@ -1,7 +1,7 @@
 // The CPU kernels of one op, of one instruction set (ISA): what its binding calls, for mutants of
 // test_mutations_op.py. STEP: those of recurrent_step.cpp; CACHE: those of decoder_layer.cpp;
-// PRODUCTS: those of products.cpp; else
-// those of encoder_layer.cpp. The passes of a layer are compiled beside this.
+// PRODUCTS: those of products.cpp; INPUTS: those of recurrent.cpp; else those of encoder_layer.cpp.
+// The passes of a layer are compiled beside this.
 #ifdef STEP
 #define FASTATTN_ISA ISA
 #define FASTATTN_LEVEL 0
@@ -49,6 +49,8 @@ void recurrent_step_backward(const StepParams& p, const StepGrads& g, const Para
 #define FASTATTN_DISPATCH(call) return ISA::call
 #ifdef CACHE
 #include "attention_kv_cache.cpp"
+#elif defined(INPUTS)
+#include "recurrent.cpp"
 #elif !defined(PRODUCTS)
 #include "attention.cpp"
 #endif

@@ -176,6 +176,9 @@ PRODUCT_MUTATIONS = (
              "b.block(k, depth, 0, columns"),
     Mutation("result_in_the_first_columns", PRODUCTS, "p.y = out.from(m, n);",
              "p.y = out.from(m, 0);"),
+    Mutation("bias_of_nobody", PRODUCTS, "return widened(a, b, bias, out);",
+             "return widened(a, b, std::nullopt, out);"),
+    Mutation("bias_of_any_size", PRODUCTS, "bias.dim() == 1 && bias.size(0) == b.size(1)", "true"),
     Mutation("bias_of_the_first_columns", PRODUCTS, "+ n * bias_item", ""),
     # ---- sums
     Mutation("sums_begun_anew", PRODUCTS, "const bool more = k || accumulate;",
@@ -198,4 +201,23 @@ PRODUCT_MUTATIONS = (
              "store(part, load_part(x + t, n - t));"),
     Mutation("last_rows_lost", CAST, "std::min(p.M, (item + 1) * kStep)",
              "std::min(p.M - 1, (item + 1) * kStep)"),
+)  # fmt: skip
+
+RECURRENT = "../bindings/recurrent.cpp"
+
+INPUTS_MUTATIONS = (
+    Mutation("parts_of_the_first_rows", RECURRENT, "first * x_.stride(0)), transposed",
+             "0), transposed"),
+    Mutation("w_of_the_first_direction", RECURRENT, "transposed(w_[d])", "transposed(w_[0])"),
+    Mutation("gx_of_the_first_direction", RECURRENT, "1, d * gx_.size(1) * columns", "1, 0"),
+    Mutation("rows_of_the_last_part", RECURRENT,
+             "p.parts.rows = std::max(p.parts.rows, p.end_row(d, s0, s1) - p.first_row(d, s0, s1))",
+             "p.parts.rows = p.end_row(d, s0, s1) - p.first_row(d, s0, s1)"),
+    Mutation("gates_kept_in_parts", RECURRENT, "whole ? 1 : N", "N"),
+    Mutation("all_in_one_part", RECURRENT, "N / std::max(kLeast, kBytes / (p.D * row))", "1"),
+    Mutation("a_part_of_the_first_direction", RECURRENT,
+             "here < (most + parts - 1) / parts", "here < (N + parts - 1) / parts"),
+    Mutation("a_step_lost", RECURRENT, "bounds_.push_back(T);", "bounds_.push_back(T - 1);"),
+    Mutation("a_step_twice", RECURRENT, "bounds_.push_back(s + 1), here = 0;",
+             "bounds_.push_back(s), here = 0;"),
 )  # fmt: skip

@@ -59,6 +59,12 @@ def refused() -> list[tuple[str, tuple[Any, ...]]]:
         ),
         ("v must have k's 9 tokens", arguments(p[0], p[1], p[2][:5], **both)),
         ("must not be negative", arguments(*p, **both, max_seqlen_k=-1)),
+        ("max_seqlen_q must be at most", arguments(*p, **both, max_seqlen_q=2**31 - 1)),
+        ("max_seqlen_k must be at most", arguments(*p, **both, max_seqlen_k=2**62)),
+        (
+            "k's length must be at most",
+            arguments(q, *(x[:, :, :1].expand(-1, -1, 2**31, -1) for x in (k, v))),
+        ),
     ]
 
 

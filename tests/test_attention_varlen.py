@@ -203,7 +203,7 @@ def test_lengths_beyond_all_work_are_refused(side: str) -> None:
     x = torch.randn(5, 2, 8)
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
     lengths = {"max_seqlen_q": 8, "max_seqlen_k": 8, side: 2**62}
-    with pytest.raises(RuntimeError, match=r"must be below 2\^31"):
+    with pytest.raises(RuntimeError, match=f"{side} must be at most"):
         fastattn.attention_varlen(
             x, x, x, starts, starts, bias=torch.zeros(1, 2, 1, 1), backend="cpu", **lengths
         )

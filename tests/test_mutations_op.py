@@ -28,7 +28,13 @@ from mutation_lab import (
     with_headers,
 )  # fmt: skip
 from mutations import Mutation, sample
-from mutations_op import DECODER_MUTATIONS, LAYER_MUTATIONS, PRODUCT_MUTATIONS, STEP_MUTATIONS
+from mutations_op import (
+    DECODER_MUTATIONS,
+    INPUTS_MUTATIONS,
+    LAYER_MUTATIONS,
+    PRODUCT_MUTATIONS,
+    STEP_MUTATIONS,
+)
 
 from fastattn.backends import cpu_isas
 
@@ -63,6 +69,11 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, tuple[Mutation, ...]
     "products": (
         ("../bindings/products.cpp", f"layernorm_ffn_{_WIDEST}.cpp"),
         (f"-DISA={_WIDEST}", "-DPRODUCTS"), "test_products.py", PRODUCT_MUTATIONS,
+    ),
+    "inputs": (
+        ("../bindings/recurrent.cpp", "../bindings/products.cpp",
+         f"recurrent_{_WIDEST}.cpp", f"layernorm_ffn_{_WIDEST}.cpp"),
+        (f"-DISA={_WIDEST}", "-DINPUTS"), "test_recurrent_inputs.py", INPUTS_MUTATIONS,
     ),
 }  # fmt: skip
 EVERY = [m for *_, mutations in OPS.values() for m in mutations]

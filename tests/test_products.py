@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastattn.backends import cpu_isa, cpu_isas, force_cpu_isa
-from fastattn.ops.products import addmm_, linear, mm
+from fastattn.ops.products import addmm_, linear, mm, mm_bias
 
 LAYOUTS = ("rows", "columns", "strided rows", "strided columns")
 # (M, K, N); large enough to be widened. Beyond a block of k, of columns, of rows.
@@ -85,6 +85,27 @@ def test_accumulates_over_blocks_of_k() -> None:
     a, b, out = (matrix(M, N, "rows") for M, N in ((200, 4200), (4200, 230), (200, 230)))
     start = out.clone()
     check(addmm_(out, a, b), a, b, start)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bias_takes_the_product_back(shape: tuple[int, int, int], layout: str) -> None:
+    """It is added before the sums are rounded: what is left has all its digits."""
+    torch.manual_seed(0)
+    M, K, N = shape
+    a, b, out = matrix(M, K, "rows"), matrix(K, N, "columns"), matrix(M, N, layout)
+    a[:] = a[:1] + a / 64
+    bias = -(a[0] @ b)
+    right = a.double() @ b.double() + bias.double()
+    assert mm_bias(a, b, bias, out) is out
+    assert_within("product", out, right, [torch.addmm(bias, a, b)])
+
+
+@pytest.mark.parametrize("bias", [(269,), (1,), (1, 270), ()], ids=str)
+def test_bias_that_does_not_fit(bias: tuple[int, ...]) -> None:
+    a, b, out = (torch.zeros(s).bfloat16() for s in ((260, 400), (400, 270), (260, 270)))
+    with pytest.raises(RuntimeError, match=r"product: bias must be \(N,\), got"):
+        torch.ops.fastattn.product_cpu_bias(a, b, torch.zeros(bias).bfloat16(), out)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

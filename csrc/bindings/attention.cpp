@@ -119,10 +119,8 @@ struct Call {
                      "max_seqlen_q and max_seqlen_k must be at least the longest sequences ", p.Sq,
                      " and ", p.Sk, ", got ", a.max_seqlen_q, " and ", a.max_seqlen_k);
       // Work is shared out by them.
-      FASTATTN_CHECK(a.max_seqlen_q <= INT32_MAX && a.max_seqlen_k <= INT32_MAX,
-                     "max_seqlen_q and max_seqlen_k must be below 2^31, got ", a.max_seqlen_q,
-                     " and ", a.max_seqlen_k);
-      p.Sq = a.max_seqlen_q, p.Sk = a.max_seqlen_k;
+      set_length(p.Sq, a.max_seqlen_q, "max_seqlen_q");
+      set_length(p.Sk, a.max_seqlen_k, "max_seqlen_k");
     }
     p.q_len = q_len.data(), p.k_len = k_len.data();
     p.q_start = q_start.data(), p.k_start = k_start.data();

@@ -98,6 +98,15 @@ void set_size(Int& to, int64_t n, const char* name) {
   to = Int(n);
 }
 
+// Tiles reach beyond a sequence's end: their indices stay below 2^31.
+constexpr int64_t kLongest = (int64_t(1) << 31) - (1 << 16);
+
+template <class Int>
+void set_length(Int& to, int64_t n, const char* name) {
+  FASTATTN_CHECK(n <= kLongest, name, " must be at most ", kLongest, " for the kernels, got ", n);
+  to = Int(n);
+}
+
 // q, k and v; B, Sq and Sk of a padded call. Packed ones come from cu_seqlens, see the callers.
 template <class Params>
 void set_qkv(Params& p, const Tensor& q, const Tensor& k, const Tensor& v, bool packed) {
@@ -121,8 +130,8 @@ void set_qkv(Params& p, const Tensor& q, const Tensor& k, const Tensor& v, bool 
                    v.size(0));
     return;
   }
-  set_size(p.B, q.size(0), "batch"), set_size(p.Sq, q.size(2), "length");
-  set_size(p.Sk, k.size(2), "length");
+  set_size(p.B, q.size(0), "batch"), set_length(p.Sq, q.size(2), "q's length");
+  set_length(p.Sk, k.size(2), "k's length");
   FASTATTN_CHECK(k.size(0) == p.B && v.size(0) == p.B, "q, k and v must have one batch size");
   FASTATTN_CHECK(v.size(2) == p.Sk, "v must have k's length ", p.Sk, ", got ", v.size(2));
 }

@@ -101,7 +101,8 @@ struct Call {
     FASTATTN_CHECK(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0,
                    "max_seqlen_q and max_seqlen_k must not be negative, got ", a.max_seqlen_q,
                    " and ", a.max_seqlen_k);
-    set_size(p.Sq, a.max_seqlen_q, "max_seqlen_q"), set_size(p.Sk, a.max_seqlen_k, "max_seqlen_k");
+    set_length(p.Sq, a.max_seqlen_q, "max_seqlen_q");
+    set_length(p.Sk, a.max_seqlen_k, "max_seqlen_k");
   }
 };
 

@@ -57,8 +57,10 @@ class CacheEngine {
     }
 #endif
     float* q = q_.reserve(kBM * Dp);
-    for (int r = 0; r < rb.n; ++r)
+    for (int r = 0; r < rb.n; ++r) {
       pack_rows(p.dtype, row(rb, s, r), 0, p.q.d, 1, D, Dp, q + r * Dp);
+      if (p.dtype == DType::kBf16) part_pairs(q + r * Dp);
+    }
   }
 
   // S[r][t] = q_r . k_(j0 + t), t < n_padded.
@@ -93,6 +95,23 @@ class CacheEngine {
  private:
   const char* row(const RowBlock& rb, const Sequence& s, int r) const {
     return row_at(p.q, p.dtype, s.b, rb.h[r], s.q_start + rb.i[r]);
+  }
+
+  // Of every 2 W elements the even ones first: where load_pairs puts them.
+  void part_pairs(float* q) const {
+    float odd[W];
+    for (int64_t d = 0; d < Dp; d += 2 * W) {
+      for (int i = 0; i < W; ++i) odd[i] = q[d + 2 * i + 1];
+      for (int i = 0; i < W; ++i) q[d + i] = q[d + 2 * i];
+      std::copy(odd, odd + W, q + d + W);
+    }
+  }
+
+  // n < 2 W elements and zeros.
+  static FASTATTN_INLINE void load_pairs_part(const bf16* p, int64_t n, vf* even, vf* odd) {
+    bf16 some[2 * W] = {};
+    std::memcpy(some, p, size_t(n) * sizeof(bf16));
+    load_pairs(some, even, odd);
   }
 
   static constexpr int64_t kAhead = 4;  // rows
@@ -153,7 +172,24 @@ class CacheEngine {
 #pragma GCC unroll 4
     for (int i = 0; i < K; ++i) c[i] = fma(qv, load_part(k[i] + d, D - d), c[i]);
   }
-#if FASTATTN_LEVEL >= 3
+#if FASTATTN_LEVEL < 3
+  template <int K>
+  FASTATTN_INLINE void multiply_one(const bf16* const (&k)[K], int r0, vf (&c)[K]) const {
+    const float* q = q_.data() + r0 * Dp;
+    for (int64_t d = 0; d < D; d += 2 * W) {
+      const vf even = load(q + d), odd = load(q + d + W);
+#pragma GCC unroll 4
+      for (int i = 0; i < K; ++i) {
+        vf a, b;
+        if (d + 2 * W <= D)
+          load_pairs(k[i] + d, &a, &b);
+        else
+          load_pairs_part(k[i] + d, D - d, &a, &b);
+        c[i] = fma(odd, b, fma(even, a, c[i]));
+      }
+    }
+  }
+#else
   template <int K>
   FASTATTN_INLINE void multiply_one(const bf16* const (&k)[K], int r0, vf (&c)[K]) const {
     const bf16* q = q16_.data() + r0 * Dp;
@@ -197,7 +233,22 @@ class CacheEngine {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) c[r] = fma(load(q + r * Dp + d), kv, c[r]);
   }
-#if FASTATTN_LEVEL >= 3
+#if FASTATTN_LEVEL < 3
+  template <int R>
+  FASTATTN_INLINE void multiply(const bf16* k, int r0, vf (&c)[R]) const {
+    const float* q = q_.data() + r0 * Dp;
+    for (int64_t d = 0; d < D; d += 2 * W) {
+      vf a, b;
+      if (d + 2 * W <= D)
+        load_pairs(k + d, &a, &b);
+      else
+        load_pairs_part(k + d, D - d, &a, &b);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        c[r] = fma(load(q + r * Dp + d + W), b, fma(load(q + r * Dp + d), a, c[r]));
+    }
+  }
+#else
   template <int R>
   FASTATTN_INLINE void multiply(const bf16* k, int r0, vf (&c)[R]) const {
     const bf16* q = q16_.data() + r0 * Dp;
@@ -240,29 +291,54 @@ class CacheEngine {
   FASTATTN_NOINLINE void product(bool accumulate, int r0, int64_t n, int64_t c, const float* S,
                                  float* acc) const {
     constexpr int N = NV == 0 ? 1 : NV;
-    vf sum[R][N];
+    // Two sums of every second key where one sum's additions would wait for each other.
+    constexpr int kSums = R * N <= 4 ? 2 : 1;
+    vf sum[kSums][R][N] = {};
+    const float* P = S + r0 * kBN;
+    int64_t t = 0;
+    for (; t + kSums <= n; t += kSums)
+#pragma GCC unroll 2
+      for (int i = 0; i < kSums; ++i) add_key<T, R, NV>(t + i, c, P, sum[i]);
+    if (t < n) add_key<T, R, NV>(t, c, P, sum[0]);
     float* out = acc + r0 * Dvp + c;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
+      vf(&all)[N] = sum[0][r];
 #pragma GCC unroll 8
-      for (int x = 0; x < N; ++x) sum[r][x] = accumulate ? load(out + r * Dvp + x * W) : vf{};
-    const float* P = S + r0 * kBN;
-    for (int64_t t = 0; t < n; ++t) {
-      const T* v = reinterpret_cast<const T*>(keys_.v[t]) + c;
-      vf b[N];
+      for (int x = 0; x < N; ++x)
+        if (kSums > 1) all[x] += sum[kSums - 1][r][x];
+      if constexpr (kInPairs<T, NV>)
 #pragma GCC unroll 8
-      for (int x = 0; x < N; ++x) b[x] = NV == 0 ? load_part(v, Dv - c) : load(v + x * W);
+        for (int x = 0; x < N; x += 2) zip_pairs(all[x], all[x + 1], &all[x], &all[x + 1]);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const vf a = set1(P[r * kBN + t]);
-#pragma GCC unroll 8
-        for (int x = 0; x < N; ++x) sum[r][x] = fma(a, b[x], sum[r][x]);
+      for (int x = 0; x < N; ++x) {
+        float* to = out + r * Dvp + x * W;
+        store(to, accumulate ? load(to) + all[x] : all[x]);
       }
     }
+  }
+
+  // Whether sums of NV vectors are of columns at even and odd places in turn.
+  template <class T, int NV>
+  static constexpr bool kInPairs = std::is_same_v<T, bf16> && NV > 0 && NV % 2 == 0;
+
+  template <class T, int R, int NV, int N>
+  FASTATTN_INLINE void add_key(int64_t t, int64_t c, const float* P, vf (&sum)[R][N]) const {
+    const T* v = reinterpret_cast<const T*>(keys_.v[t]) + c;
+    vf b[N];
+    if constexpr (kInPairs<T, NV>) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+      for (int x = 0; x < N; x += 2) load_pairs(v + x * W, &b[x], &b[x + 1]);
+    } else {
 #pragma GCC unroll 8
-      for (int x = 0; x < N; ++x) store(out + r * Dvp + x * W, sum[r][x]);
+      for (int x = 0; x < N; ++x) b[x] = NV == 0 ? load_part(v, Dv - c) : load(v + x * W);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf a = set1(P[r * kBN + t]);
+#pragma GCC unroll 8
+      for (int x = 0; x < N; ++x) sum[r][x] = fma(a, b[x], sum[r][x]);
+    }
   }
 
   const Slots* slots_ = nullptr;

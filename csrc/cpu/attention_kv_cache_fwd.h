@@ -168,10 +168,11 @@ void attend(const AttentionKVCacheParams& cache, const AttentionParams& p,
   // About 10 us on one core, of products or of reading: what waking another one costs.
   constexpr int64_t kFewProducts = 1 << 19, kFewBytes = 128 << 10;
   const bool few = plan.work <= kFewProducts && plan.elements * size_of(p.dtype) <= kFewBytes;
-  Queue queue(n);
-  parallel.workers(few ? 1 : int(std::min<int64_t>(parallel.threads, n)), [&](int) {
+  const int workers = few ? 1 : int(std::min<int64_t>(parallel.threads, n));
+  Shares shares(n, workers);
+  parallel.workers(workers, [&](int w) {
     CacheWorker<E> worker(cache, prob);
-    for (int64_t i; queue.next(&i);) worker.run(plan.items[size_t(i)], states.data());
+    for (int64_t i; shares.next(w, &i);) worker.run(plan.items[size_t(i)], states.data());
   });
   if (!plan.merges.empty()) {
     CacheWorker<E> worker(cache, prob);

@@ -154,11 +154,11 @@ void prepare(const AttentionKVCacheParams& p, T* turned_q, const Parallel& paral
   const int64_t n = work.items();
   if (work.elements() == 0) return;
   constexpr int64_t kFew = 32 << 10;  // elements: written before a second thread has woken
-  Queue queue(n);
   const int workers = work.elements() <= kFew ? 1 : int(std::min<int64_t>(parallel.threads, n));
-  parallel.workers(workers, [&](int) {
+  Shares shares(n, workers);
+  parallel.workers(workers, [&](int worker) {
     Rotation<T> rotation(p);
-    for (int64_t i; queue.next(&i);) work.run(i, rotation);
+    for (int64_t i; shares.next(worker, &i);) work.run(i, rotation);
   });
 }
 

@@ -137,12 +137,13 @@ class ActBackward {
 void act_forward(const ActParams& p, const Parallel& parallel) {
   if (p.M == 0 || p.N == 0) return;
   const int64_t step = 8;
-  Queue queue(div_up(p.M, step));
-  parallel.workers(workers_for(p.M * p.N, div_up(p.M, step), parallel), [&](int) FASTATTN_LAMBDA {
+  const int workers = workers_for(p.M * p.N, div_up(p.M, step), parallel);
+  Shares shares(div_up(p.M, step), workers);
+  parallel.workers(workers, [&](int worker) FASTATTN_LAMBDA {
     ActForward pass(p);
     with_type(p.u.dtype, [&](auto item) FASTATTN_LAMBDA {
       with_act(p.act, [&](auto act) FASTATTN_LAMBDA {
-        for (int64_t i; queue.next(&i);)
+        for (int64_t i; shares.next(worker, &i);)
           for (int64_t m = i * step; m < std::min(p.M, (i + 1) * step); ++m)
             pass.template row<decltype(act)::value, decltype(item)>(m);
       });
@@ -154,12 +155,13 @@ void act_backward(const ActGrads& g, const Parallel& parallel) {
   if (g.N == 0) return;
   const RowBlocks blocks(g.M);
   RowSums sums(blocks.count, g.N, ActBackward::kSums);
-  Queue queue(blocks.count);
-  parallel.workers(workers_for(g.M * g.N, blocks.count, parallel), [&](int) FASTATTN_LAMBDA {
+  const int workers = workers_for(g.M * g.N, blocks.count, parallel);
+  Shares shares(blocks.count, workers);
+  parallel.workers(workers, [&](int worker) FASTATTN_LAMBDA {
     ActBackward pass(g);
     with_type(g.u.dtype, [&](auto item) FASTATTN_LAMBDA {
       with_act(g.act, [&](auto act) FASTATTN_LAMBDA {
-        for (int64_t b; queue.next(&b);) {
+        for (int64_t b; shares.next(worker, &b);) {
           sums.clear(b);
           for (int64_t m = b * blocks.rows; m < std::min(g.M, (b + 1) * blocks.rows); ++m)
             pass.template row<decltype(act)::value, decltype(item)>(

@@ -18,10 +18,10 @@ void cast_rows(const CastParams& p, const Parallel& parallel) {
   constexpr int64_t kStep = 16;
   Buffer<float> bias_buffer;
   const float* bias = read_vec(p.bias, p.N, bias_buffer);
-  Queue queue(div_up(p.M, kStep));
   const int workers = workers_for(p.M * p.N, div_up(p.M, kStep), parallel);
-  parallel.workers(workers, [&](int) FASTATTN_LAMBDA {
-    for (int64_t item; queue.next(&item);)
+  Shares shares(div_up(p.M, kStep), workers);
+  parallel.workers(workers, [&](int worker) FASTATTN_LAMBDA {
+    for (int64_t item; shares.next(worker, &item);)
       for (int64_t m = item * kStep; m < std::min(p.M, (item + 1) * kStep); ++m) {
         char *x = row_of(p.x, m), *y = row_of(p.y, m);
         if (p.y.dtype == DType::kBf16)

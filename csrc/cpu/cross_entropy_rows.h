@@ -83,10 +83,11 @@ void cross_entropy(const CrossEntropyParams& p, const Parallel& parallel) {
   const bool sums_rows = p.gradient && p.dbias;
   const RowBlocks blocks(p.M);
   RowSums sums(sums_rows ? blocks.count : 0, sums_rows ? p.V : 0, 1);
-  Queue queue(blocks.count);
-  parallel.workers(workers_for(p.M * p.V, blocks.count, parallel), [&](int) FASTATTN_LAMBDA {
+  const int workers = workers_for(p.M * p.V, blocks.count, parallel);
+  Shares shares(blocks.count, workers);
+  parallel.workers(workers, [&](int worker) FASTATTN_LAMBDA {
     CrossEntropy pass(p);
-    for (int64_t b; queue.next(&b);) {
+    for (int64_t b; shares.next(worker, &b);) {
       if (sums_rows) sums.clear(b);
       for (int64_t m = b * blocks.rows; m < std::min(p.M, (b + 1) * blocks.rows); ++m)
         pass.row(m, sums_rows ? sums.part(b, 0) : nullptr);

@@ -1,6 +1,7 @@
 #include "embedding.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "isa.h"
@@ -43,6 +44,12 @@ Rows from_row(Rows x, int64_t m) {
   return x;
 }
 
+// Zeros into rows [v0, v1), one after the other: most of the gradient of a large vocabulary.
+void clear(const Rows& d, int64_t v0, int64_t v1) {
+  const int64_t item = d.dtype == DType::kF32 ? 4 : 2;
+  if (v0 < v1) std::memset(from_row(d, v0).ptr, 0, size_t((v1 - v0) * d.stride * item));
+}
+
 // Calls f(begin, end) for pieces of [0, n) on the workers that `elements` are worth.
 template <class F>
 void in_pieces(int64_t n, int64_t piece, int64_t elements, const Parallel& parallel, F&& f) {
@@ -50,9 +57,9 @@ void in_pieces(int64_t n, int64_t piece, int64_t elements, const Parallel& paral
   const int workers = elements <= kSerial
                           ? 1
                           : int(std::min<int64_t>(parallel.threads, std::max<int64_t>(1, pieces)));
-  Queue queue(pieces);
-  parallel.workers(workers, [&](int) {
-    for (int64_t i; queue.next(&i);) f(i * piece, std::min(n, (i + 1) * piece));
+  Shares shares(pieces, workers);
+  parallel.workers(workers, [&](int worker) {
+    for (int64_t i; shares.next(worker, &i);) f(i * piece, std::min(n, (i + 1) * piece));
   });
 }
 
@@ -95,16 +102,25 @@ void table_gradient(const Table& table, const TableGrad& grad, const Rows& ds, i
   const Sorted sorted(table.index, M, table.V);
   const auto one = [&](Run run, int64_t c0, int64_t c1) {
     const int64_t count = run.end - run.begin;
-    if (run.row == grad.skip) run.end = run.begin;
-    const float scale = grad.by_count && count ? table.scale / float(count) : table.scale;
+    const float scale = grad.by_count ? table.scale / float(count) : table.scale;
     sum(ds, c0, c1, sorted.order.data(), run, scale, grad.d);
+  };
+  const auto is_empty = [&](int64_t v) {
+    const Run r = sorted.run(v);
+    return r.begin == r.end || v == grad.skip;
   };
   const auto is_long = [&](const Run& r) {
     return r.end - r.begin > kTokensOfLongRun && r.row != grad.skip;
   };
   in_pieces(table.V, 64, (table.V + M) * N, parallel, [&](int64_t v0, int64_t v1) {
-    for (int64_t v = v0; v < v1; ++v)
+    for (int64_t v = v0; v < v1;) {
+      const int64_t first = v;
+      while (v < v1 && is_empty(v)) ++v;
+      clear(grad.d, first, v);
+      if (v == v1) break;
       if (!is_long(sorted.run(v))) one(sorted.run(v), 0, N);
+      ++v;
+    }
   });
   for (int64_t v = 0; v < table.V; ++v) {
     const Run run = sorted.run(v);

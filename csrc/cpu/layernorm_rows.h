@@ -67,6 +67,19 @@ FASTATTN_INLINE Moments moments(const float* s, int64_t N, bool rms, float eps) 
   return {mean + off, 1.f / std::sqrt(std::max(0.f, var) + eps)};
 }
 
+// Asks for the row after one, as far as it is done.
+class NextRow {
+ public:
+  NextRow(const Rows& x, int64_t m, int64_t N)
+      : from_(x.ptr ? row_of(x, m + 1) : reinterpret_cast<const char*>(this)),
+        item_(x.ptr ? item_size(x.dtype) : 0) {}
+  FASTATTN_INLINE void ask(int64_t t) const { prefetch(from_ + t * item_); }
+
+ private:
+  const char* const from_;
+  const int64_t item_;
+};
+
 class NormForward {
  public:
   explicit NormForward(const NormParams& params)
@@ -89,7 +102,7 @@ class NormForward {
     if (p.rstd) p.rstd[m] = at.rstd;
     if (!p.y.ptr) return;
     float* y = begin_row(p.y, m, N, y_.data());
-    normalise(s, at.mean, at.rstd, y);
+    normalise(m, s, at.mean, at.rstd, y);
     write_row(p.y, m, N, y);
   }
 
@@ -124,9 +137,11 @@ class NormForward {
     return s_.data();
   }
 
-  void normalise(const float* s, float mean, float rstd, float* y) const {
+  void normalise(int64_t row, const float* s, float mean, float rstd, float* y) const {
     const vf m = set1(mean), r = set1(rstd);
+    const NextRow x(p.x, row, N), residual(p.residual, row, N);
     for (int64_t t = 0; t < N; t += W) {
+      x.ask(t), residual.ask(t);
       vf v = (load(s + t) - m) * r;
       if (weight_) v *= load(weight_ + t);
       if (shift_) v += load(shift_ + t);
@@ -207,11 +222,16 @@ class NormBackward {
     const float n = 1.f / float(N);
     const vf c1 = set1(rms ? 0.f : sums.a * n), c2 = set1(sums.b * n);
     if (g.ds.ptr || g.dx.ptr || g.dbias) {
+      const NextRow next_dy(g.dy, m, N), next_s(g.s, m, N);
+      const Rows& to = g.ds.ptr ? g.ds : g.dx;
+      float* out = to.ptr && (g.ds.ptr || !drop_.on) ? begin_row(to, m, N, ds) : ds;
       for (int64_t t = 0; t < N; t += W) {
+        next_dy.ask(t), next_s.ask(t);
         vf v = (load(ds + t) - c1 - load(hat + t) * c2) * rstd;
         if (dsum) v += load(dsum + t);
-        store(ds + t, v);
+        store(out + t, v);
       }
+      return out;
     }
     return ds;
   }
@@ -226,10 +246,11 @@ class NormBackward {
 void norm_forward(const NormParams& p, const Parallel& parallel) {
   if (p.M == 0 || p.N == 0) return;
   const int64_t step = 16;
-  Queue queue(div_up(p.M, step));
-  parallel.workers(workers_for(p.M * p.N, div_up(p.M, step), parallel), [&](int) FASTATTN_LAMBDA {
+  const int workers = workers_for(p.M * p.N, div_up(p.M, step), parallel);
+  Shares shares(div_up(p.M, step), workers);
+  parallel.workers(workers, [&](int worker) FASTATTN_LAMBDA {
     NormForward pass(p);
-    for (int64_t item; queue.next(&item);)
+    for (int64_t item; shares.next(worker, &item);)
       for (int64_t m = item * step; m < std::min(p.M, (item + 1) * step); ++m) pass.row(m);
   });
 }
@@ -238,10 +259,11 @@ void norm_backward(const NormGrads& g, const Parallel& parallel) {
   if (g.N == 0) return;
   const RowBlocks blocks(g.M);
   RowSums sums(blocks.count, g.N, NormBackward::kSums);
-  Queue queue(blocks.count);
-  parallel.workers(workers_for(g.M * g.N, blocks.count, parallel), [&](int) FASTATTN_LAMBDA {
+  const int workers = workers_for(g.M * g.N, blocks.count, parallel);
+  Shares shares(blocks.count, workers);
+  parallel.workers(workers, [&](int worker) FASTATTN_LAMBDA {
     NormBackward pass(g);
-    for (int64_t b; queue.next(&b);) {
+    for (int64_t b; shares.next(worker, &b);) {
       sums.clear(b);
       for (int64_t m = b * blocks.rows; m < std::min(g.M, (b + 1) * blocks.rows); ++m)
         pass.row(m, sums.part(b, NormBackward::kDweight), sums.part(b, NormBackward::kDshift),

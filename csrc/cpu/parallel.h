@@ -1,6 +1,7 @@
 // Threads, without torch: the binding passes at::parallel_for in, so torch.set_num_threads rules.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -34,6 +35,37 @@ class Queue {
  private:
   std::atomic<int64_t> next_{0};
   const int64_t n_;
+};
+
+// The same, to each worker first the items of its own share: they are the same in every call with
+// as many workers, so that what a core has in its caches it finds there, and neighbouring pages are
+// first touched by one core. Who is done takes what others have left.
+class Shares {
+ public:
+  Shares(int64_t n, int workers) : n_(n), shares_(std::clamp(workers, 1, kMost)) {
+    for (int i = 0; i < shares_; ++i) next_[i].item = begin(i);
+  }
+  bool next(int worker, int64_t* item) {
+    for (int i = 0; i < shares_; ++i) {
+      const int share = (worker + i) % shares_;
+      std::atomic<int64_t>& from = next_[share].item;
+      if (from.load(std::memory_order_relaxed) >= begin(share + 1)) continue;
+      *item = from.fetch_add(1, std::memory_order_relaxed);
+      if (*item < begin(share + 1)) return true;
+    }
+    return false;
+  }
+
+ private:
+  static constexpr int kMost = 32;
+  struct alignas(64) Next {
+    std::atomic<int64_t> item;
+  };
+  int64_t begin(int share) const { return n_ * share / shares_; }
+
+  const int64_t n_;
+  const int shares_;
+  Next next_[kMost];
 };
 
 }  // namespace fastattn

@@ -1,0 +1,76 @@
+"""Who does which item: Shares of csrc/cpu/parallel.h."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from mutation_lab import CPU, compiler, mutate
+from mutations import Mutation
+
+ROOT = Path(__file__).parents[1]
+MUTATIONS = (
+    Mutation("last_item_lost", "parallel.h", "return n_ * share / shares_;",
+             "return (n_ - 1) * share / shares_;"),
+    Mutation("every_share_from_the_start", "parallel.h", "next_[i].item = begin(i);",
+             "next_[i].item = 0;"),
+    Mutation("everybody_begins_with_the_first", "parallel.h", "(worker + i) % shares_",
+             "i % shares_"),
+    Mutation("nobody_helps", "parallel.h", "i < shares_; ++i) { const int share",
+             "i < 1; ++i) { const int share"),
+)  # fmt: skip
+
+
+def build(folder: Path, mutation: Mutation | None = None) -> Path:
+    """tests/shares_check.cpp beside a copy of what it includes."""
+    source, header = folder / "tests" / "shares_check.cpp", folder / "csrc" / "cpu" / "parallel.h"
+    source.parent.mkdir(), header.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / source.name, source)
+    text = (CPU / header.name).read_text()
+    header.write_text(text if mutation is None else mutate(text, mutation))
+    program = folder / "check"
+    flags = ("-std=c++20", "-O1", "-pthread", "-w")
+    subprocess.run([*compiler(), *flags, source, "-o", program], check=True)
+    return program
+
+
+def handed_out(program: Path, n: int, workers: int, threads: bool, slow: bool) -> list[list[int]]:
+    """By worker."""
+    arguments = [str(int(x)) for x in (n, workers, threads, slow)]
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
+    return [[int(item) for item in line.split()] for line in done.stdout.splitlines()]
+
+
+def wrong(program: Path) -> str:
+    """What is not as it should be, or nothing."""
+    for n in (0, 1, 2, 7, 64, 1000):
+        for workers in (1, 2, 3, 32, 33, 70):
+            for threads in (False, True):
+                try:
+                    had = handed_out(program, n, workers, threads, slow=False)
+                except subprocess.CalledProcessError as death:
+                    return f"died: {death.returncode}"
+                if sorted(x for items in had for x in items) != [*range(n)]:
+                    return f"not every one of {n} items once"
+                if not threads and had[0] != [*range(n)]:
+                    return "the first of workers in a row does not do all"
+    first, second = handed_out(program, 10, 2, threads=True, slow=True)
+    if second[:5] != [5, 6, 7, 8, 9]:
+        return "not its own share first"
+    if first[:1] != [0] or len(first) > 4:
+        return "the slow one is not helped"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("shares"))
+
+
+def test_every_item_once_and_the_own_share_first(program: Path) -> None:
+    assert wrong(program) == ""
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_planted_bugs_are_found(mutation: Mutation, tmp_path: Path) -> None:
+    assert wrong(build(tmp_path, mutation)) != ""
