@@ -14,6 +14,40 @@ inline bool few_rows(const AttentionParams& p) {
   return p.Sq * (p.H / std::max<int64_t>(p.Hk, 1)) <= kMR;
 }
 
+// ---- bf16 rows against keys where they lie, widened in pairs ------------------------------------
+#if FASTATTN_LEVEL < 3
+// Of every 2 W of D elements, a multiple of that, the even ones first: as load_pairs has them.
+inline void part_pairs(float* q, int64_t D) {
+  float odd[W];
+  for (int64_t d = 0; d < D; d += 2 * W) {
+    for (int i = 0; i < W; ++i) odd[i] = q[d + 2 * i + 1];
+    for (int i = 0; i < W; ++i) q[d + i] = q[d + 2 * i];
+    std::copy(odd, odd + W, q + d + W);
+  }
+}
+
+// c[i] += row i of q, rows of such pairs and zeros, times key i, lane by lane. One key for all
+// rows: k_step 0; one row for all keys: q_step 0.
+template <int N>
+FASTATTN_INLINE void multiply_pairs(const float* q, int64_t q_step, const bf16* const* k,
+                                    int k_step, int64_t D, vf (&c)[N]) {
+  for (int64_t d = 0; d < D; d += 2 * W) {
+    vf even, odd;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      if (i == 0 || k_step) {
+        if (d + 2 * W <= D)
+          load_pairs(k[i * k_step] + d, &even, &odd);
+        else
+          load_pairs_part(k[i * k_step] + d, D - d, &even, &odd);
+      }
+      const float* row = q + i * q_step + d;
+      c[i] = fma(load(row + W), odd, fma(load(row), even, c[i]));
+    }
+  }
+}
+#endif
+
 // ---- fp32 products, for tensors of any dtype ----------------------------------------------------
 class FmaEngine {
  public:
@@ -26,7 +60,7 @@ class FmaEngine {
   static constexpr int kExpDegree = 6;
 
   explicit FmaEngine(const AttentionParams& params)
-      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {}
+      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, 2 * W)), Dvp(round_up(Dv, W)) {}
 
   const AttentionParams& p;
   const int64_t D, Dv, Dp, Dvp;
@@ -72,8 +106,12 @@ class FmaEngine {
 #endif
     if (direct_) {
       float* q = q_.reserve(kBM * Dp);
-      for (int r = 0; r < rb.n; ++r)
+      for (int r = 0; r < rb.n; ++r) {
         pack_rows(p.dtype, row(rb, s, r), 0, p.q.d, 1, D, Dp, q + r * Dp);
+#if FASTATTN_LEVEL < 3
+        if (p.dtype == DType::kBf16) part_pairs(q + r * Dp, Dp);
+#endif
+      }
       return;
     }
     // Rows of one head lie a stride apart; where heads share keys, their blocks may span two heads.
@@ -183,7 +221,12 @@ class FmaEngine {
       for (int r = 0; r < R; ++r) c[r] = fma(load(q + r * Dp + d), kv, c[r]);
     }
   }
-#if FASTATTN_LEVEL >= 3
+#if FASTATTN_LEVEL < 3
+  template <int R>
+  FASTATTN_INLINE void multiply(const bf16* k, int r0, vf (&c)[R]) const {
+    multiply_pairs(q_.data() + r0 * Dp, Dp, &k, 0, D, c);
+  }
+#else
   template <int R>
   FASTATTN_INLINE void multiply(const bf16* k, int r0, vf (&c)[R]) const {
     const bf16* q = q16_.data() + r0 * round_up(D, 32);

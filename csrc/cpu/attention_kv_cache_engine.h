@@ -59,7 +59,9 @@ class CacheEngine {
     float* q = q_.reserve(kBM * Dp);
     for (int r = 0; r < rb.n; ++r) {
       pack_rows(p.dtype, row(rb, s, r), 0, p.q.d, 1, D, Dp, q + r * Dp);
-      if (p.dtype == DType::kBf16) part_pairs(q + r * Dp);
+#if FASTATTN_LEVEL < 3
+      if (p.dtype == DType::kBf16) part_pairs(q + r * Dp, Dp);
+#endif
     }
   }
 
@@ -95,23 +97,6 @@ class CacheEngine {
  private:
   const char* row(const RowBlock& rb, const Sequence& s, int r) const {
     return row_at(p.q, p.dtype, s.b, rb.h[r], s.q_start + rb.i[r]);
-  }
-
-  // Of every 2 W elements the even ones first: where load_pairs puts them.
-  void part_pairs(float* q) const {
-    float odd[W];
-    for (int64_t d = 0; d < Dp; d += 2 * W) {
-      for (int i = 0; i < W; ++i) odd[i] = q[d + 2 * i + 1];
-      for (int i = 0; i < W; ++i) q[d + i] = q[d + 2 * i];
-      std::copy(odd, odd + W, q + d + W);
-    }
-  }
-
-  // n < 2 W elements and zeros.
-  static FASTATTN_INLINE void load_pairs_part(const bf16* p, int64_t n, vf* even, vf* odd) {
-    bf16 some[2 * W] = {};
-    std::memcpy(some, p, size_t(n) * sizeof(bf16));
-    load_pairs(some, even, odd);
   }
 
   static constexpr int64_t kAhead = 4;  // rows
@@ -175,19 +160,7 @@ class CacheEngine {
 #if FASTATTN_LEVEL < 3
   template <int K>
   FASTATTN_INLINE void multiply_one(const bf16* const (&k)[K], int r0, vf (&c)[K]) const {
-    const float* q = q_.data() + r0 * Dp;
-    for (int64_t d = 0; d < D; d += 2 * W) {
-      const vf even = load(q + d), odd = load(q + d + W);
-#pragma GCC unroll 4
-      for (int i = 0; i < K; ++i) {
-        vf a, b;
-        if (d + 2 * W <= D)
-          load_pairs(k[i] + d, &a, &b);
-        else
-          load_pairs_part(k[i] + d, D - d, &a, &b);
-        c[i] = fma(odd, b, fma(even, a, c[i]));
-      }
-    }
+    multiply_pairs(q_.data() + r0 * Dp, 0, k, 1, D, c);
   }
 #else
   template <int K>
@@ -236,17 +209,7 @@ class CacheEngine {
 #if FASTATTN_LEVEL < 3
   template <int R>
   FASTATTN_INLINE void multiply(const bf16* k, int r0, vf (&c)[R]) const {
-    const float* q = q_.data() + r0 * Dp;
-    for (int64_t d = 0; d < D; d += 2 * W) {
-      vf a, b;
-      if (d + 2 * W <= D)
-        load_pairs(k + d, &a, &b);
-      else
-        load_pairs_part(k + d, D - d, &a, &b);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-        c[r] = fma(load(q + r * Dp + d + W), b, fma(load(q + r * Dp + d), a, c[r]));
-    }
+    multiply_pairs(q_.data() + r0 * Dp, Dp, &k, 0, D, c);
   }
 #else
   template <int R>

@@ -155,6 +155,12 @@ FASTATTN_INLINE void load_pairs(const bf16* p, vf* even, vf* odd) {
   *odd = vf{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])};
 #endif
 }
+// Of n < 2 W neighbours, then zeros.
+FASTATTN_INLINE void load_pairs_part(const bf16* p, int64_t n, vf* even, vf* odd) {
+  bf16 some[2 * W] = {};
+  std::memcpy(some, p, size_t(n) * sizeof(bf16));
+  load_pairs(some, even, odd);
+}
 // Back to their order.
 FASTATTN_INLINE void zip_pairs(vf even, vf odd, vf* first, vf* second) {
 #if FASTATTN_LEVEL >= 2
