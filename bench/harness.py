@@ -1,10 +1,11 @@
 """A case, how it is run, and what its figures are held against: the frame of every bench.
 
 A case is a baseline (``stock``: what its user has now), the candidate (``fused``) and its peers, on
-the same tensors. All take turns in one process, in alternating order; a ratio is the median of a
-peer's time over the candidate's in the same round. In the same rounds runs what bounds the case: a
-2048³ GEMM of its dtype, a copy or a read; its rate is the ceiling. Where a case has ``products``,
-the bare GEMMs of its own shapes, they take turns too.
+the same tensors. Stock and fused take turns in one process, in alternating order, and afterwards
+the peers with fused: what a peer leaves in the heap and the caches is no part of stock's time. A
+ratio is the median of a contestant's time over fused's in the same round. In the same rounds as
+stock runs what bounds the case: a 2048³ GEMM of its dtype, a copy or a read; its rate is the
+ceiling. Where a case has ``products``, the bare GEMMs of its own shapes, they take turns too.
 
 FLOPs and bytes are the useful ones: of the (query, key) pairs that take part, of operands that must
 be read and results that must be written once.
@@ -248,8 +249,8 @@ def run_case(
     if contest.sdpa:
         stock_backend, stock = best_stock(stock)
     short = min(_once(stock) for _ in range(2)) < SHORT
-    contestants = {"stock": stock, "fused": synchronised(contest.fused)}
-    contestants |= {name: synchronised(fn) for name, fn in contest.peers.items()}
+    fused = synchronised(contest.fused)
+    contestants = {"stock": stock, "fused": fused}
     if contest.products is not None:
         contestants["products"] = synchronised(contest.products)
     work = contest.flops if case.roof == "gemm" else contest.bytes
@@ -265,14 +266,21 @@ def run_case(
     )  # fmt: skip
     roof = samples.pop("roof", roof)
     products = samples.pop("products", None)
-    fused = samples["fused"]
     seconds = {name: spread(times) for name, times in samples.items()}
+    over = {"stock": ratios(samples["stock"], samples["fused"])}
+    if contest.peers:
+        peers = {name: synchronised(fn) for name, fn in contest.peers.items()}
+        turns = interleave(
+            {"fused": fused, **peers}, rounds=rounds,
+            max_seconds=max_seconds and max_seconds / 2, min_rounds=5,
+        )  # fmt: skip
+        seconds |= {name: spread(turns[name]) for name in peers}
+        over |= {name: ratios(turns[name], turns["fused"]) for name in peers}
     rate = of_probe / spread(roof).median if work else 0.0
     row = Row(
         name=case.name, what=case.what, dtype=case.dtype, tag=case.tag,
         stock_backend=stock_backend, seconds=seconds,
-        over={name: ratios(times, fused) for name, times in samples.items() if name != "fused"},
-        products=None if products is None else ratios(products, fused),
+        over=over, products=None if products is None else ratios(products, samples["fused"]),
         roof=case.roof, roof_rate=rate, flops=contest.flops, bytes=contest.bytes,
         share=work / seconds["fused"].median / rate if work else 0.0,
         stock_share=work / seconds["stock"].median / rate if work else 0.0,
