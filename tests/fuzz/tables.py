@@ -44,7 +44,13 @@ _EMBEDDING: dict[str, spoil.Ways] = {
 _CROSS_ENTROPY: dict[str, spoil.Ways] = {
     "x": {**spoil.FLOAT, **spoil.LONGER},
     "weight": {**spoil.VECTOR, **spoil.DEEPER},
-    "target": {**spoil.INDEX, **spoil.LONGER, **_OUTSIDE},
+    # Negative: not one of those that a call may ignore.
+    "target": {
+        **spoil.INDEX,
+        **spoil.LONGER,
+        **_OUTSIDE,
+        "negative": lambda x: torch.full_like(x, -7),
+    },
     "bias": spoil.VECTOR,
     "ignore_index": spoil.INT,
     "label_smoothing": spoil.PROBABILITY,
