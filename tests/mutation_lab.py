@@ -109,6 +109,24 @@ def build(
     return library
 
 
+def build_check(
+    folder: Path, check: str, included: str, mutation: Mutation | None, flags: tuple[str, ...] = ()
+) -> Path:
+    """The program of tests/`check` beside a copy of the files of csrc/cpu that it includes, one of
+    them with the mutation where there is one."""
+    source, home = folder / "tests" / check, folder / "csrc" / "cpu"
+    source.parent.mkdir(), home.mkdir(parents=True)
+    shutil.copy(HERE / check, source)
+    for file in CPU.glob(included):
+        text = file.read_text()
+        if mutation is not None and file.name == mutation.file:
+            text = mutate(text, mutation)
+        (home / file.name).write_text(text)
+    out = folder / "check"
+    subprocess.run([*compiler(), "-std=c++20", "-w", *flags, source, "-o", out], check=True)
+    return out
+
+
 def outcome(program: str, library: Path, inputs: Path) -> dict[str, mutant.Arrays] | str:
     """The results by case, or how the mutant died."""
     out = library.with_name("out.npz")

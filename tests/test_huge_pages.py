@@ -1,14 +1,12 @@
 """Who asks for huge pages: csrc/cpu/huge_pages.cpp."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from mutation_lab import CPU, check_place, compiler, mutate
+from mutation_lab import build_check, check_place
 from mutations import Mutation
 
-ROOT = Path(__file__).parents[1]
 BITS = "01100{}01" + "0" * 120  # bit 0 first, as the kernel prints them
 
 # The features of each of a driver's devices, and whether one of them reports free pages.
@@ -34,20 +32,9 @@ MUTATIONS = (
 
 
 def build(folder: Path, mutation: Mutation | None = None) -> Path:
-    """tests/huge_pages_check.cpp beside a copy of what it includes."""
-    source, home = folder / "tests" / "huge_pages_check.cpp", folder / "csrc" / "cpu"
-    source.parent.mkdir(), home.mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / source.name, source)
-    for file in CPU.glob("huge_pages.*"):
-        text = file.read_text()
-        if mutation is not None and file.name == mutation.file:
-            text = mutate(text, mutation)
-        (home / file.name).write_text(text)
-    program = folder / "check"
     # A read beyond a string's end is a death.
-    flags = ("-std=c++20", "-D_GLIBCXX_ASSERTIONS", "-w")
-    subprocess.run([*compiler(), *flags, source, "-o", program], check=True)
-    return program
+    flags = ("-D_GLIBCXX_ASSERTIONS",)
+    return build_check(folder, "huge_pages_check.cpp", "huge_pages.*", mutation, flags)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Who does which item: Shares of csrc/cpu/parallel.h."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from mutation_lab import CPU, compiler, mutate
+from mutation_lab import build_check
 from mutations import Mutation
 
-ROOT = Path(__file__).parents[1]
 MUTATIONS = (
     Mutation("last_item_lost", "parallel.h", "return n_ * share / shares_;",
              "return (n_ - 1) * share / shares_;"),
@@ -22,16 +20,7 @@ MUTATIONS = (
 
 
 def build(folder: Path, mutation: Mutation | None = None) -> Path:
-    """tests/shares_check.cpp beside a copy of what it includes."""
-    source, header = folder / "tests" / "shares_check.cpp", folder / "csrc" / "cpu" / "parallel.h"
-    source.parent.mkdir(), header.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / source.name, source)
-    text = (CPU / header.name).read_text()
-    header.write_text(text if mutation is None else mutate(text, mutation))
-    program = folder / "check"
-    flags = ("-std=c++20", "-O1", "-pthread", "-w")
-    subprocess.run([*compiler(), *flags, source, "-o", program], check=True)
-    return program
+    return build_check(folder, "shares_check.cpp", "parallel.h", mutation, ("-O1", "-pthread"))
 
 
 def handed_out(program: Path, n: int, workers: int, threads: bool, slow: bool) -> list[list[int]]:
