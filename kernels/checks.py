@@ -27,9 +27,6 @@ def check_call(
     mask, bias, q_lens, k_lens, cu_q, cu_k, alibi, sinks, seed = shared[:9]
     causal, dropout_p, weights = shared[10], shared[14], shared[15]
     B, H = sizes[:2]
-    names = ("q's length", "k's length") if cu_q is None else ("max_seqlen_q", "max_seqlen_k")
-    for name, n in zip(names, sizes[2:], strict=True):
-        _check(n <= LONGEST, name, " must be at most ", LONGEST, " for the kernels, got ", n)
     _check(q.dtype in _DTYPES, "q must be float32, bfloat16 or float16")
     _check(q.dtype == k.dtype == v.dtype, "q, k and v must have one dtype")
     heads = k.shape[1]
@@ -78,6 +75,11 @@ def check_dims(
         _check(cu_q.dim() == 1 and len(cu_q) > 0, "cu_seqlens_q must have shape (B + 1,)")
         _check(min(longest) >= 0, "max_seqlen_q and max_seqlen_k must not be negative, got ",
                longest[0], " and ", longest[1])  # fmt: skip
+        lengths = {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
+    else:
+        lengths = {"q's length": q.shape[2], "k's length": k.shape[2]}
+    for name, n in lengths.items():
+        _check(n <= LONGEST, name, " must be at most ", LONGEST, " for the kernels, got ", n)
 
 
 def check_saved(
