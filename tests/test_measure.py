@@ -56,7 +56,6 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
 
 HEAP = """
 import ctypes
-from fastattn import measure
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -64,7 +63,8 @@ libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 def mapped():  # a bit of the word before a block; none is freed, which would change the state
     return bool(ctypes.c_size_t.from_address(libc.malloc(16 << 20) - 8).value & 2)
 
-before = mapped()
+before = mapped()  # and torch, once imported, may have freed a large one
+from fastattn import measure
 measure.interleave({"a": bool}, rounds=1)
 print(before, mapped())
 """
