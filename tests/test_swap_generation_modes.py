@@ -37,12 +37,11 @@ def dynamic(model: Any) -> Any:
 
 @contextlib.contextmanager
 def default_device(device: str) -> Iterator[None]:
-    before = torch.get_default_device()
     torch.set_default_device(device)
     try:
         yield
     finally:
-        torch.set_default_device(before)
+        torch.set_default_device(None)  # a device by name stays as a mode, in later tests too
 
 
 # ---------------------------------------------------------------------------------------- autocast
