@@ -75,7 +75,8 @@ def measure(section: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def _one(args: argparse.Namespace) -> None:
     """--case: rows on the terminal."""
-    torch.set_default_device(args.device)
+    if args.device != "cpu":  # a default by name is a mode, which torch's fast paths avoid
+        torch.set_default_device(args.device)
     setting = Setting(args.backend, peers=args.peers)
     rows: list[dict[str, Any]] = []
     print(HEADER)
