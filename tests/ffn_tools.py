@@ -15,6 +15,7 @@ import torch
 from rule import Draws, assert_within, one_thread, unit
 from tools import Result
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import fastattn
 
@@ -167,6 +168,33 @@ def slope_floors(call: Call, right: Result) -> dict[str, Tensor]:
     return {x: floor, bias: floor.square().sum_to_size(floor.shape[-1:]).sqrt()}
 
 
+class _OtherSide(TorchFunctionMode):
+    """relu with the other slope wherever its argument, a sum of a product and a bias, is within the
+    rounding of those two of 0: a kernel that keeps the product in the call's dtype rounds before it
+    adds. (Plain PyTorch rounds the sum, which is never across.)"""
+
+    def __init__(self, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.bias, self.unit = bias, unit(dtype)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.relu:
+            return y
+        z = args[0]
+        terms = 2 * z.detach().abs() + (0.0 if self.bias is None else self.bias.double().abs())
+        slope = (z.detach() <= 0).double()
+        near = z.detach().abs() <= self.unit * terms
+        return torch.where(near, y.detach() + (z - z.detach()) * slope, y)
+
+
+def on_the_other_side(call: Call) -> dict[str, Tensor]:
+    bias = call.tensors.get("b_gate" if "w_gate" in call.tensors else "b1")
+    with _OtherSide(bias, call.tensors["x"].dtype):
+        return by_reference(call, Tensor.double).all()
+
+
 def judge(call: Call, backend: str = "cpu") -> Result:
     """Run the call; hold outputs and gradients to the rule."""
     got = run(call, backend)
@@ -179,6 +207,8 @@ def judge(call: Call, backend: str = "cpu") -> Result:
         with one_thread():
             near = [right_plus_error_of_another(call, right) for _ in range(4)]
         orders += [partial(dict, x) for x in near]
+    if call.op == "layernorm_ffn" and call.kwargs.get("activation") == "relu":
+        orders += [partial(on_the_other_side, call)]
     plain = Draws(lambda cast: by_reference(call, cast).all(), *orders)
     floors = norm_floors(call, right) | slope_floors(call, right)
     for name, x in right.all().items():

@@ -126,8 +126,8 @@ WIDE_MUTATIONS = (
     Mutation("piece_not_accumulated", PRODUCTS, "std::min(at_once, n - r), k0 > 0,",
              "std::min(at_once, n - r), false,"),
     Mutation("piece_of_the_first_weights", PRODUCTS, "B + k0 * V * W", "B"),
-    Mutation("piece_added_to_the_first_row", PRODUCTS, "accumulate ? load(C + (r * V + v) * W)",
-             "accumulate ? load(C + v * W)"),
+    Mutation("piece_added_to_the_first_row", PRODUCTS, "c[r][v] + load(to)",
+             "c[r][v] + load(C + v * W)"),
 )  # fmt: skip
 
 # Of the products on AMX tiles, bf16, and what feeds them.

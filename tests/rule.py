@@ -7,7 +7,7 @@ are given; one is part of the rule: a rounding of the result.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -17,14 +17,18 @@ DRAWS = 64  # of a random call, see `Draws`
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """For oracle and baseline, which are small: threads of a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """For oracle and baseline, which are small: threads of a busy machine wait for each other."""
+    return threads(1)
 
 
 Cast = Callable[[Tensor], Tensor]
@@ -60,7 +64,8 @@ class Draws:
     error is within.
 
     run: the results by plain PyTorch, on the call's tensors each passed through the argument, in
-    one order. orders: further results, such as the same sums in other orders.
+    one order. orders: further results, such as the same sums in other orders. The last order is
+    that of as many threads as the caller has: the library's products are other ones then.
     """
 
     def __init__(
@@ -69,7 +74,8 @@ class Draws:
         *orders: Callable[[], dict[str, Tensor]],
     ) -> None:
         self._run, self._orders = run, orders
-        self._fewest = 1 + len(orders)
+        self._threads = torch.get_num_threads()
+        self._fewest = 1 + len(orders) + (self._threads > 1)
         self._made: list[dict[str, Tensor]] = []
         self._exact: dict[str, Tensor] = {}
 
@@ -82,12 +88,15 @@ class Draws:
     def _draw(self, i: int) -> dict[str, Tensor]:
         if i == len(self._made):
             with one_thread():
-                made = self._first(i) if i <= len(self._orders) else self._nudged(i)
+                made = self._first(i) if i < self._fewest else self._nudged(i)
             self._made.append({n: x.detach() for n, x in made.items()})
         return self._made[i]
 
     def _first(self, i: int) -> dict[str, Tensor]:
-        return self._orders[i - 1]() if i else self._run(as_is)
+        if 0 < i <= len(self._orders):
+            return self._orders[i - 1]()
+        with threads(self._threads if i else 1):
+            return self._run(as_is)
 
     def _nudged(self, seed: int) -> dict[str, Tensor]:
         def nudge(gen: torch.Generator) -> Cast:

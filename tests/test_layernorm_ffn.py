@@ -29,6 +29,15 @@ def test_every_way_on_every_instruction_set(rows: int, dtype: torch.dtype, isa: 
         judge(ffn(rows, d=64, f=288, dtype=dtype, gated=True, activation="silu", norm="rms"))
 
 
+@pytest.mark.parametrize("isa", cpu_isas())
+@pytest.mark.parametrize("rows", [4, 9, 16, 144, 600])
+def test_long_sums_round_no_more_than_the_librarys(rows: int, isa: str) -> None:
+    """A sum of 3072 terms in one chain would be 3 to 5 times as far off."""
+    with force_cpu_isa(isa):
+        judge(ffn(rows, d=3072, f=48, norm=None, activation="relu2"))
+        judge(ffn(rows, d=48, f=3072, norm=None))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("norm", "pre_norm", "residual", "affine", "biases"),

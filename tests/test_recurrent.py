@@ -2,6 +2,7 @@
 lengths, packed sequences, masks, empty inputs, torch's machinery."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,35 @@ def test_many_steps(dtype: torch.dtype, kernel: str) -> None:
     """Where an error of each step would add up."""
     for cell in ("lstm", "gru"):
         judge(make(cell, T=60, B=2, H=16, dtype=dtype), kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_gate_of_almost_one_carries_for_thousands_of_steps(
+    cell: str, dtype: torch.dtype, kernel: str
+) -> None:
+    """Of a state 0.991 is left; a gate 3e-5 off would take or add a tenth."""
+    T, H = 4096, 20
+    call = make(cell, T=T, B=1, inputs=1, H=H, dtype=dtype)
+    bias = torch.full((len(call.weights[0]) // H, H), -100.0)  # LSTM: i = 0, so nothing is added
+    bias[1] = 13.0  # LSTM's f, GRU's z
+    weights = [torch.zeros_like(w) for w in call.weights]
+    weights[2] = bias.flatten().to(dtype)
+    assert call.state is not None
+    if cell == "gru":  # n = 0, for h' = z h
+        weights[2][2 * H :] = 0.0
+    call = replace(call, weights=weights)
+    outputs = call.run(fastattn, call.leaves(), backend=kernel)
+    name, state = ("c_n", call.state[1]) if cell == "lstm" else ("h_n", call.state[0])
+    right = state.double() * torch.tensor(13.0).double().sigmoid() ** T
+    torch.testing.assert_close(
+        outputs[name].double(), right, rtol=2e-3 if dtype == torch.float32 else 2e-2, atol=0
+    )
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_long_sums_round_no_more_than_the_librarys(cell: str, kernel: str) -> None:
+    judge(make(cell, T=2, B=5, inputs=8, H=1536), kernel)
 
 
 # ------------------------------------------------------------------------ sequences of lengths

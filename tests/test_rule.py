@@ -6,7 +6,18 @@ from functools import reduce
 
 import pytest
 import torch
-from rule import DRAWS, Cast, Draws, _nudged, as_is, assert_within, many_draws, unit
+from rule import (
+    DRAWS,
+    Cast,
+    Draws,
+    _nudged,
+    as_is,
+    assert_within,
+    many_draws,
+    one_thread,
+    threads,
+    unit,
+)
 from torch import Tensor
 
 
@@ -74,13 +85,23 @@ def test_no_draw_more_than_is_needed() -> None:
 
 
 def test_an_order_of_its_own_is_drawn_before_neighbours() -> None:
-    draws = Draws(lambda cast: {"y": cast(torch.zeros(1))}, lambda: {"y": torch.ones(1)})
+    with one_thread():
+        draws = Draws(lambda cast: {"y": cast(torch.zeros(1))}, lambda: {"y": torch.ones(1)})
     assert [float(y) for y in draws["y"]] == [0.0, 1.0]
     with many_draws():
         found = [float(y) for y in draws["y"]]
     assert len(found) == DRAWS
     assert found[:2] == [0.0, 1.0]
     assert not any(found[2:])
+
+
+def test_one_order_is_that_of_the_callers_threads() -> None:
+    with threads(3):
+        draws = Draws(
+            lambda cast: {"y": torch.tensor(torch.get_num_threads())},
+            lambda: {"y": torch.tensor(-torch.get_num_threads())},
+        )
+    assert [int(y) for y in draws["y"]] == [1, -1, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

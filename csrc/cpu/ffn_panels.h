@@ -9,9 +9,9 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// C (MR rows, NV vectors) = or += A B: row r of A at A + r * lda, row k of B at B + k * NV * W.
-// What the next rows of A will be read at is asked for on the way: a row of W2 is pages from the
-// next.
+// C (MR rows, NV vectors) = or += A B, summed as micro_kernel of gemm.h sums: row r of A at A + r *
+// lda, row k of B at B + k * NV * W. What the next rows of A will be read at is asked for on the
+// way: a row of W2 is pages from the next.
 template <int MR, int NV>
 FASTATTN_NOINLINE void panel_kernel(bool accumulate, int64_t K, const float* A, int64_t lda,
                                     const float* B, float* C) {
@@ -20,7 +20,7 @@ FASTATTN_NOINLINE void panel_kernel(bool accumulate, int64_t K, const float* A, 
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) c[r][v] = accumulate ? load(C + r * ld + v * W) : vf{};
+    for (int v = 0; v < NV; ++v) c[r][v] = vf{};
   const float* a[MR];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) a[r] = A + r * lda;
@@ -45,7 +45,10 @@ FASTATTN_NOINLINE void panel_kernel(bool accumulate, int64_t K, const float* A, 
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(C + r * ld + v * W, c[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* to = C + r * ld + v * W;
+      store(to, accumulate ? c[r][v] + load(to) : c[r][v]);
+    }
 }
 
 struct PanelProducts {

@@ -10,7 +10,7 @@ struct GruCell {
   static constexpr bool kHasC = false, kKeepsH = true;
 
   static FASTATTN_INLINE CellOut forward(const CellIn& in, bool) {
-    const vf r = sigmoid<kGrade>(in.x[0] + in.a[0]).y, z = sigmoid<kGrade>(in.x[1] + in.a[1]).y;
+    const vf r = sigmoid<kGrade>(in.x[0] + in.a[0]).y, z = carrying_gate<kGrade>(in.x[1] + in.a[1]);
     const vf hn = in.a[2] + in.b_hn, n = tanh_of<kGrade>(fma(r, hn, in.x[2]));
     return {fma(z, in.h - n, n), vf{}, {r, z, n, hn}};
   }

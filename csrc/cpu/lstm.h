@@ -9,7 +9,7 @@ struct LstmCell {
   static constexpr bool kHasC = true, kKeepsH = false;
 
   static FASTATTN_INLINE CellOut forward(const CellIn& in, bool) {
-    const vf i = sigmoid<kGrade>(in.x[0] + in.a[0]).y, f = sigmoid<kGrade>(in.x[1] + in.a[1]).y;
+    const vf i = sigmoid<kGrade>(in.x[0] + in.a[0]).y, f = carrying_gate<kGrade>(in.x[1] + in.a[1]);
     const vf g = tanh_of<kGrade>(in.x[2] + in.a[2]), o = sigmoid<kGrade>(in.x[3] + in.a[3]).y;
     const vf c = fma(f, in.c, i * g);
     return {o * tanh_of<kGrade>(c), c, {i, f, g, o}};

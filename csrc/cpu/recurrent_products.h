@@ -41,7 +41,7 @@ FASTATTN_NOINLINE void rows_by_panel(bool accumulate, int64_t K, const float* A,
 #pragma GCC unroll 12
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) c[r][v] = accumulate ? load(C + (r * V + v) * W) : vf{};
+    for (int v = 0; v < V; ++v) c[r][v] = vf{};
   for (int64_t k = 0; k < K; ++k, B += V * W) {
     vf b[V];
 #pragma GCC unroll 4
@@ -56,7 +56,10 @@ FASTATTN_NOINLINE void rows_by_panel(bool accumulate, int64_t K, const float* A,
 #pragma GCC unroll 12
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(C + (r * V + v) * W, c[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* to = C + (r * V + v) * W;
+      store(to, accumulate ? c[r][v] + load(to) : c[r][v]);
+    }
 }
 
 template <int MR, int V>
@@ -114,8 +117,9 @@ struct FloatProducts {
                        float* C) {
     constexpr int kMost = rows_at_once(V);
     const int64_t tiles = div_up(n, kMost), at_once = div_up(n, tiles);
-    // Where more than one tile of rows reads the panel, a piece of it that stays in L1 at a time.
-    const int64_t piece = tiles > 1 ? 24576 / (V * W * 4) : K;
+    // Pieces of the panel that stay in L1 while tiles of rows read them, and are summed each by
+    // itself (see micro_kernel of gemm.h), so they are the same whatever the rows.
+    constexpr int64_t piece = 24576 / (V * W * 4);
     for (int64_t k0 = 0; k0 < K; k0 += piece)
       for (int64_t r = 0; r < n; r += at_once)
         some_rows<kMost, V>(std::min(at_once, n - r), k0 > 0, std::min(piece, K - k0),
