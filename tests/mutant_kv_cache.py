@@ -8,11 +8,12 @@ import numpy as np
 _INTS = (
     "B", "H", "Hk", "Sq", "Sn", "D", "Dv", "slots", "columns", "ragged", "half", "interleaved",
     "causal", "left", "right", "alibi_b", "threads",
+    "bf16",
 )  # fmt: skip
 _NUMBERS = ("scale", "softcap")
 _POINTERS = (
     "cache_lens", "new_lens", "block_table", "cache_index", "mask", "q", "k_cache", "v_cache", "k",
-    "v", "cos", "sin", "alibi", "sinks", "o", "lse",
+    "v", "o", "cos", "sin", "alibi", "sinks", "lse",
 )  # fmt: skip
 
 
@@ -23,10 +24,11 @@ class MutantKVCache(ctypes.Structure):
 
 
 def run(library: ctypes.CDLL, case: mutant.Arrays) -> mutant.Arrays:
-    """One case: o, lse and the caches afterwards."""
+    """One case: o, lse and the caches afterwards; what is bf16 as int16."""
     B, H, Sq, Dv = (int(case[n]) for n in ("B", "H", "Sq", "Dv"))
+    nan = np.int16(0x7FC0) if case["bf16"] else np.float32(np.nan)
     out = {
-        "o": np.full((B, H, Sq, Dv), np.nan, np.float32),
+        "o": np.full((B, H, Sq, Dv), nan),
         "lse": np.full((B, H, Sq), np.nan, np.float32),
         "k_cache": case["k_cache"].copy(),
         "v_cache": case["v_cache"].copy(),

@@ -1,4 +1,4 @@
-// Attention over a cache in fp32, as a library of its own, for test_mutations_kv_cache.py: one C
+// Attention over a cache in fp32 or bf16, as a library of its own, for test_mutations_kv_cache.py: one C
 // entry point, compiled against a copy of csrc/cpu with a bug planted.
 #include "attention_kv_cache_portable.cpp"
 #include "scratch.cpp"
@@ -12,18 +12,20 @@ void run_workers(int n, void (*fn)(void* ctx, int worker), void* ctx) {
   for (int w = 0; w < n; ++w) fn(ctx, w);
 }
 
-// Everything is 8 bytes wide. Null = absent. Tensors are contiguous, fp32, bool or int64.
+// Everything is 8 bytes wide. Null = absent. Tensors are contiguous, fp32, bool or int64; rows and
+// caches (void) of bf16 where `bf16` says so.
 // mutant_kv_cache.py holds the same list.
 struct MutantKVCache {
   int64_t B, H, Hk, Sq, Sn, D, Dv, slots, columns, ragged, half, interleaved, causal, left, right,
-      alibi_b, threads;
+      alibi_b, threads, bf16;
   double scale, softcap;
   int64_t *cache_lens, *new_lens, *block_table, *cache_index;
   uint8_t* mask;  // (B, H, Sq, capacity)
-  float *q, *k_cache, *v_cache, *k, *v, *cos, *sin, *alibi, *sinks, *o, *lse;
+  void *q, *k_cache, *v_cache, *k, *v, *o;
+  float *cos, *sin, *alibi, *sinks, *lse;
 };
 
-Operand heads(float* ptr, int64_t h, int64_t s, int64_t d) { return {ptr, h * s * d, s * d, d, 1}; }
+Operand heads(void* ptr, int64_t h, int64_t s, int64_t d) { return {ptr, h * s * d, s * d, d, 1}; }
 
 }  // namespace
 
@@ -34,6 +36,7 @@ extern "C" __attribute__((visibility("default"))) int mutant_run(const MutantKVC
   const MutantKVCache& c = *call;
   AttentionKVCacheParams p;
   AttentionParams& a = p.attention;
+  a.dtype = c.bf16 ? DType::kBf16 : DType::kF32;
   a.B = c.B, a.H = c.H, a.Hk = c.Hk, a.Sq = c.Sq, a.D = c.D, a.Dv = c.Dv;
   a.Sk = c.block_table ? c.slots * c.columns : c.slots;
   a.q = heads(c.q, c.H, c.Sq, c.D), a.o = heads(c.o, c.H, c.Sq, c.Dv);

@@ -4,7 +4,7 @@ test_mutations_kv_cache.py fail. The rules are those of mutations.py."""
 from mutations import Mutation
 
 ROWS, ENGINE = "attention_kv_cache_rows.h", "attention_kv_cache_engine.h"
-FWD = "attention_kv_cache_fwd.h"
+FWD, PAIRS = "attention_kv_cache_fwd.h", "attention_engine.h"
 
 MUTATIONS = (
     # ---- where keys lie
@@ -57,6 +57,14 @@ MUTATIONS = (
              "zip_pairs(all[x], all[x + 1], &all[x], &all[x + 1]);", ""),
     Mutation("q_not_in_pairs", ENGINE, "if (p.dtype == DType::kBf16) part_pairs(q + r * Dp, Dp);",
              ""),
+    Mutation("odd_taken_for_even", PAIRS, "fma(load(row + W), odd, fma(load(row), even, c[i]))",
+             "fma(load(row + W), even, fma(load(row), odd, c[i]))"),
+    Mutation("last_of_the_pairs_lost", PAIRS, "load_pairs_part(k[i * k_step] + d, D - d,",
+             "load_pairs_part(k[i * k_step] + d, D - d - 1,"),
+    Mutation("pairs_of_the_first_key", PAIRS, "load_pairs(k[i * k_step] + d, &even",
+             "load_pairs(k[0] + d, &even"),
+    Mutation("sum_of_the_row_before", "simd.h", "m[r] = reduce_add(row[r]);",
+             "m[r] = reduce_add(row[r & ~1]);"),
     Mutation("gathered_from_the_start", ENGINE, "std::memcpy(v, slots_->v(j)",
              "std::memcpy(v, slots_->v(j - lo)"),
     Mutation("chunk_taken_for_contiguous", ENGINE, "slots_->together(lo) >= hi - lo",

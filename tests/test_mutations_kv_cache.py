@@ -31,10 +31,18 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "one_row": {"feature": "plain", "lens": (300, 5), "capacity": 310, "d": 11, "h": 2, "hk": 2,
                 "sq": 1},
+    "pairs": {"feature": "plain", "d": 19, "dv": 23, "dtype": torch.bfloat16},
+    "one_row_of_pairs": {"feature": "plain", "lens": (300, 5), "capacity": 310, "d": 11, "dv": 13,
+                         "h": 2, "hk": 2, "sq": 1, "dtype": torch.bfloat16},
     "one_item": {
         "feature": "plain", "lens": (1100,), "capacity": 30000, "d": 8, "h": 2, "hk": 1, "sq": 30,
     },
 }  # fmt: skip
+
+
+def as_array(x: torch.Tensor) -> np.ndarray:
+    """bf16, which numpy does not have, as int16."""
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 class Case:
@@ -58,19 +66,24 @@ class Case:
             "half": 0 if cos is None else cos.shape[1],
             "interleaved": options.get("rotary_interleaved", False),
             "causal": options.get("causal", True), "left": left, "right": right, "alibi_b": 0,
-            "threads": 2, "scale": options.get("scale", D**-0.5),
+            "threads": 2, "bf16": call.dtype == torch.bfloat16,
+            "scale": options.get("scale", D**-0.5),
             "softcap": options.get("softcap", 0.0),
         }  # fmt: skip
         given = {**t, "new_lens": new_lens, "cos": cos, "sin": sin}
         given |= {"alibi": options.get("alibi_slopes"), "sinks": options.get("sinks")}
         if "mask" in options:
             given["mask"] = options["mask"].expand(B, H, Sq, slots * columns).contiguous()
-        self.arrays = {n: x.numpy() for n, x in given.items() if x is not None}
-        self.arrays |= {n: np.asarray(x) for n, x in numbers.items()}
+        self.arrays = {n: as_array(x) for n, x in given.items() if x is not None}
+        self.arrays |= {n: np.asarray(x, np.float64 if isinstance(x, float) else np.int64)
+                        for n, x in numbers.items()}  # fmt: skip
 
     def verdict(self, results: dict[str, np.ndarray]) -> str | None:
         """None where the results are right, else what is wrong with them."""
         found = {n: torch.from_numpy(x) for n, x in results.items()}
+        found = {
+            n: x.view(torch.bfloat16) if x.dtype == torch.int16 else x for n, x in found.items()
+        }
         try:
             for name in CACHES:
                 assert_same_bits(name, found[name], self.caches[name])
