@@ -215,8 +215,6 @@ INPUTS_MUTATIONS = (
              "p.parts.rows = p.end_row(d, s0, s1) - p.first_row(d, s0, s1)"),
     Mutation("gates_kept_in_parts", RECURRENT, "whole ? 1 : N", "N"),
     Mutation("all_in_one_part", RECURRENT, "N / std::max(kLeast, kBytes / (p.D * row))", "1"),
-    Mutation("a_part_of_the_first_direction", RECURRENT,
-             "here < (most + parts - 1) / parts", "here < (N + parts - 1) / parts"),
     Mutation("a_step_lost", RECURRENT, "bounds_.push_back(T);", "bounds_.push_back(T - 1);"),
     Mutation("a_step_twice", RECURRENT, "bounds_.push_back(s + 1), here = 0;",
              "bounds_.push_back(s), here = 0;"),
