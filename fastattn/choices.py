@@ -168,7 +168,7 @@ def folder() -> Path:
     """Where choices lie: FASTATTN_TUNE_CACHE, else ``fastattn`` in XDG_CACHE_HOME or ~/.cache."""
     named = os.environ.get("FASTATTN_TUNE_CACHE")
     if named:
-        return Path(named)
+        return Path(named).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "fastattn"
 
@@ -294,6 +294,18 @@ def _parse(text: str, here: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if not good or entry.get("backend") not in _CHOICES:
             raise ValueError(f"a choice that is none: {name!r}")
     return choices
+
+
+def ready() -> None:
+    """Whether :func:`store` can write, for who is about to measure for minutes.
+
+    Raises:
+        OSError: it cannot.
+    """
+    target = folder()
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=target):
+        pass
 
 
 def store(found: dict[str, dict[str, Any]]) -> Path:

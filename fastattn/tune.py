@@ -7,6 +7,7 @@ on every backend that can serve it, in turns, and the choices are stored where `
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -120,8 +121,10 @@ def tune(
         A :class:`TuneReport`.
 
     Raises:
-        ValueError: the model called no op that is tuned with ``backend="auto"``.
-        OSError: the choices cannot be stored.
+        TypeError: the model cannot be called; ``seconds`` is no number.
+        ValueError: the model called no op that is tuned with ``backend="auto"``; ``seconds`` is not
+            positive.
+        OSError: the choices cannot be stored; that is tried before anything is measured.
 
     >>> import torch, fastattn
     >>> layer = fastattn.nn.LayerNorm(64).eval()
@@ -129,6 +132,12 @@ def tune(
     >>> report.rows[0].name, sorted(report.rows[0].seconds)
     ('layer_norm cpu float32 inference 4 64 ++', ['cpu', 'torch'])
     """
+    if not callable(model):
+        raise TypeError(f"fastattn.tune: model must be callable, got {type(model).__name__}")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"fastattn.tune: seconds must be a number, got {type(seconds).__name__}")
+    if not 0.0 < seconds < math.inf:
+        raise ValueError(f"fastattn.tune: seconds must be positive and finite, got {seconds}")
     if training is None:
         training = bool(getattr(model, "training", False))
     examples = example_inputs if isinstance(example_inputs, list) else [example_inputs]
@@ -142,6 +151,8 @@ def tune(
             f"they are {', '.join(op.__name__ for op in TUNED)}. If it was not, "
             "fastattn.swap(model) first"
         )
+    if store:
+        choices.ready()
     report = TuneReport()
     for i, (name, kept) in enumerate(found.items()):
         if progress is not None:

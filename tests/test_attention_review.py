@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -44,15 +45,50 @@ def test_a_window_as_wide_as_integers_go(backend: str, causal: object, far: int)
     assert torch.equal(got, want)
 
 
-def test_forward_mode_says_that_it_is_not_there(kernel: str) -> None:
-    q = torch.randn(1, 1, 3, 8)
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-        fastattn.attention(forward_ad.make_dual(q, torch.ones_like(q)), q, q, backend=kernel)
+@pytest.mark.parametrize("lse", [False, True])
+def test_forward_mode(lse: bool, backend: str) -> None:
+    """By the formula: against differences, in what torch has of it."""
+    q, k, tangent = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    options = {"causal": True, "softcap": 3.0, "backend": backend}
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        if lse:
+            return fastattn.attention(x, k, x, return_lse=True, **options)[1]
+        return fastattn.attention(x, k, x, **options)
+
+    right = torch.autograd.functional.jacobian(f, q).flatten(-4) @ tangent.flatten()
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(f(forward_ad.make_dual(q, tangent)))
+    torch.testing.assert_close(dual.tangent, right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dual.primal, f(q), rtol=1e-5, atol=1e-5)
+    _, by_func = torch.func.jvp(f, (q,), (tangent,))
+    torch.testing.assert_close(by_func, right, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_of_sequences_side_by_side(backend: str) -> None:
+    x, tangent = torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention_varlen(x, x, x, cu, cu, backend=backend)
+
+    right = torch.autograd.functional.jacobian(f, x).flatten(-3) @ tangent.flatten()
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (tangent,))[1], right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_jacobian_by_vmap(B: int, backend: str) -> None:
+    """Of one batch what the backward maps over expands lse, which is no copy then."""
+    x = torch.randn(B, 2, 4, 16)
+    found = torch.func.jacrev(lambda x: fastattn.attention(x, x, x, backend=backend))(x)
+    right = torch.func.jacrev(lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x))
+    torch.testing.assert_close(found, right(x), rtol=1e-4, atol=1e-5)
 
 
 def test_meta_tensors() -> None:
     x = torch.randn(1, 2, 5, 8, device="meta")
-    with pytest.warns(fastattn.backends.__globals__["PerformanceWarning"]):
+    with warnings.catch_warnings():  # nothing is computed, so nothing is slow
+        warnings.simplefilter("error")
         assert fastattn.attention(x, x, x).shape == x.shape
 
 

@@ -230,6 +230,20 @@ def test_missing_extra_is_one_line(package: str, extra: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        ("doctor > /dev/full", 2, "fastattn: stdout: No space left on device\n"),
+        ("--help > /dev/full", 2, "fastattn: stdout: No space left on device\n"),
+        ("doctor | true", 1, ""),
+    ],
+)
+def test_stdout_that_takes_nothing(args: str, code: int, says: str) -> None:
+    script = f"set -o pipefail; {sys.executable} -m fastattn {args}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (code, says)
+
+
+@pytest.mark.parametrize(
     ("args", "word"),
     [
         (("demo", "--threads", "0"), "--threads"),

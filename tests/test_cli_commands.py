@@ -36,6 +36,17 @@ MODELS = """
     def boom():
         raise ValueError("no luck")
 
+    class Loud(torch.nn.LayerNorm):
+        def forward(self, x):
+            print("noise")
+            return super().forward(x)
+
+    def loud():
+        return torch.nn.Sequential(Loud(32), torch.nn.LayerNorm(32))
+
+    def leaves():
+        raise SystemExit(7)
+
     lstm = torch.nn.LSTM(8, 8)
     number = 3
     by_name = dict(src=torch.randn(2, 9, 32))
@@ -77,6 +88,16 @@ def test_swap_compares_and_times(models: Path, inputs: str) -> None:
     assert time["inputs"] == ["float32 (2, 9, 32)"]
     for key in ("stock_s", "fused_s", "speedup"):
         assert 0 < time[key]["q1"] <= time[key]["median"] <= time[key]["q3"]
+
+
+def test_what_a_model_prints_is_not_on_stdout(models: Path) -> None:
+    assert as_json("swap", "zoo.py:loud", "--time", "--inputs", "zoo.py:example")["ok"]
+
+
+@pytest.mark.parametrize("command", ["swap x --time", "bench", "demo", "tune x"])
+def test_more_threads_than_there_can_be(command: str) -> None:
+    result = run(*command.split(), "--threads", "99999999999", code=2)
+    assert "--threads" in result.stderr
 
 
 def test_swap_sees_a_model_that_is_off(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +150,7 @@ def test_a_report_needs_no_weights(bert: Path, tmp_path: Path) -> None:
     ("args", "says"),
     [
         (("zoo.py:boom",), "zoo.py:boom raised ValueError: no luck"),
+        (("zoo.py:leaves",), "zoo.py:leaves ended with sys.exit(7)"),
         (("zoo.py:number",), "is no torch.nn.Module but of type builtins.int"),
         (("zoo.py:nosuch",), "zoo.py has no nosuch"),
         (("nosuch.py:x",), "no such file: nosuch.py"),

@@ -1,6 +1,7 @@
 """``fastattn.tune`` and its cache."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -427,7 +428,42 @@ def test_mistakes_are_one_line(
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("where", ["a file", "below a file"])
+def test_a_folder_that_cannot_be_is_known_before_anything_is_measured(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "mine.py").write_text(MODEL)
+    named = file if where == "a file" else file / "cache"
+    monkeypatch.setenv("FASTATTN_TUNE_CACHE", str(named))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastattn.tune._measure", None)
+    done = _command(*["mine.py:alone", "--inputs", "mine.py:inputs"])
+    assert done.exit_code == 2, done.output
+    assert str(named) in done.stderr
+    assert re.search("exists|directory", done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_folder_may_be_of_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FASTATTN_TUNE_CACHE", "~/choices")
+    assert choices.folder() == tmp_path / "choices"
+
+
 # --- tune --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, math.nan, math.inf, "1", None, True])
+def test_seconds_are_some(seconds: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="fastattn.tune: seconds must be"):
+        fastattn.tune(fastattn.nn.LayerNorm(8), randn(2, 8), seconds=seconds)
+
+
+def test_what_cannot_be_called() -> None:
+    with pytest.raises(TypeError, match="model must be callable, got NoneType"):
+        fastattn.tune(None, randn(2, 8))  # type: ignore[arg-type]
 
 
 def test_the_usual_backend_stays_within_noise() -> None:

@@ -90,6 +90,38 @@ def test_no_tensor(name: str, what: str) -> None:
             getattr(fastattn, name)(**{**args, wrong: NO_TENSORS[what]})
 
 
+@pytest.mark.parametrize("what", [None, *NO_TENSORS])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fastattn.nn.LayerNorm(8), fastattn.nn.RMSNorm(8), fastattn.nn.Embedding(4, 8),
+        fastattn.nn.LSTM(8, 8), fastattn.nn.LayerNormFFN(8, 16),
+        fastattn.nn.TransformerEncoderLayer(8, 2, 16),
+        fastattn.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True),
+    ],
+    ids=lambda m: type(m).__name__,
+)  # fmt: skip
+def test_no_tensor_for_a_layer(layer: torch.nn.Module, what: str | None) -> None:
+    with pytest.raises(TypeError, match="must be a Tensor, got"):
+        layer(None if what is None else NO_TENSORS[what])
+
+
+def test_no_tensors_for_attention() -> None:
+    mha = fastattn.nn.MultiheadAttention(8, 2)
+    x = torch.randn(3, 8)
+    for i, name in enumerate(("query", "key", "value")):
+        given: list[Any] = [x, x, x]
+        given[i] = None
+        with pytest.raises(TypeError, match=f"{name} must be a Tensor, got NoneType"):
+            mha(*given)
+
+
+@pytest.mark.parametrize("what", [None, 3, torch.ones(2), torch.nn.Linear])
+def test_no_module_to_undo(what: Any) -> None:
+    with pytest.raises(TypeError, match="fastattn.unswap: model must be an nn.Module"):
+        fastattn.unswap(what)
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_another_type(name: str) -> None:
     args, _, others = RIGHT[name]

@@ -50,7 +50,10 @@ class Dtype(str, Enum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")]
+_MOST_THREADS = 4096
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=_MOST_THREADS, help="CPU threads; default: torch's.")
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda where torch sees a GPU.")
 ]
@@ -171,7 +174,8 @@ def swap(
     skip: Annotated[list[str] | None, typer.Option(help="Leave these: globs on names.")] = None,
     backend: Annotated[Backend, typer.Option(help="Backend of every op.")] = Backend.auto,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="For --time: CPU threads; default: torch's.")
+        int | None,
+        typer.Option(min=1, max=_MOST_THREADS, help="For --time: CPU threads; default: torch's."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -197,7 +201,7 @@ def bench(
     dtype: Annotated[list[Dtype] | None, typer.Option(help="Default: fp32 and bf16.")] = None,
     device: Device = None,
     threads: Threads = None,
-    seconds: Annotated[float, typer.Option(min=0.05, help="Most for a row.")] = 1.5,
+    seconds: Annotated[float, typer.Option(min=0.05, max=3600, help="Most for a row.")] = 1.5,
     as_json: Json = False,
 ) -> None:
     """Each op against torch's on this machine: a table of a minute or two.
@@ -254,9 +258,14 @@ def tune(
         bool, typer.Option("--training", help="Forward and gradients; default: inference.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; choices hold for this count alone.")
+        int | None,
+        typer.Option(
+            min=1, max=_MOST_THREADS, help="CPU threads; choices hold for this count alone."
+        ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Most for one class of calls.")] = 1.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=3600, help="Most for one class of calls.")
+    ] = 1.0,
     dry: Annotated[bool, typer.Option("--dry-run", help="Measure, store nothing.")] = False,
     as_json: Json = False,
 ) -> None:

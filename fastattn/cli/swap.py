@@ -110,9 +110,10 @@ def _time(stock: nn.Module, fused: nn.Module, inputs: Inputs) -> dict[str, Any]:
     with users_code("the swapped model"):
         after = list(_tensors(call(fused)()))
     error, most = _distance(before, after)
-    samples = measure.interleave(
-        {"stock": call(stock), "fused": call(fused)}, rounds=25, max_seconds=10.0
-    )
+    with users_code("the model"):
+        samples = measure.interleave(
+            {"stock": call(stock), "fused": call(fused)}, rounds=25, max_seconds=10.0
+        )
     return {
         "inputs": [f"{str(x.dtype)[6:]} {tuple(x.shape)}" for x in _tensors((args, kwargs))],
         "dtype": str(next((p.dtype for p in stock.parameters()), torch.float32))[6:],

@@ -140,6 +140,8 @@ def users_code(what: str) -> Iterator[None]:
         if error.name and what.startswith(error.name):
             raise
         raise Mistake(f"{what} needs a module that is not installed: {error.name}") from None
+    except SystemExit as error:  # a script without a guard: its code would be taken for ours
+        raise Mistake(f"{what} ended with sys.exit({error.code!r})") from None
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         last = frames[-1]

@@ -43,6 +43,8 @@ def run(
 
 def _line(error: Exception) -> str:
     """What is wrong, without the frames that torch adds."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
     return str(error.args[0] if error.args else error).strip().partition("\n")[0]
 
 

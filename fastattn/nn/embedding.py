@@ -56,7 +56,8 @@ class Embedding(torch.nn.Embedding):
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
-        if self.sparse or input.is_nested or not self.embedding_dim:
+        nested = isinstance(input, Tensor) and input.is_nested
+        if self.sparse or nested or not self.embedding_dim:
             return super().forward(input)
         if self.max_norm is not None:
             # As F.embedding does it: in place, outside of autograd.

@@ -46,7 +46,7 @@ class LayerNorm(torch.nn.LayerNorm):
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
-        if input.is_nested:
+        if isinstance(input, Tensor) and input.is_nested:
             return super().forward(input)
         return layer_norm(
             input, self.normalized_shape, self.weight, self.bias, self.eps, backend=self.backend
@@ -85,7 +85,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
+        if isinstance(x, Tensor) and x.is_nested:
             return super().forward(x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps, backend=self.backend)
 

@@ -149,6 +149,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             masked = key_padding_mask is not None or attn_mask is not None
             same = query is key and key is value
             return self._forward_cached(query, same, need_weights, masked, kv_cache), None
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"MultiheadAttention: {name} must be a Tensor, got {type(x).__name__}"
+                )
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "MultiheadAttention: is_causal=True describes attn_mask, which is None; pass the "

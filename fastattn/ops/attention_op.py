@@ -199,13 +199,23 @@ def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _by_formula(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, ...]:
+    """o, lse and, where asked for, the weights, in plain PyTorch."""
+    from fastattn import reference
+
+    kwargs = shared.reference_kwargs()
+    if shared.cu_seqlens_q is not None and shared.cu_seqlens_k is not None:
+        return reference.attention_varlen(
+            q, k, v, shared.cu_seqlens_q, shared.cu_seqlens_k, **kwargs
+        )
+    return reference.attention(q, k, v, **kwargs)
+
+
 def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
     """Double backward: differentiate the reference formula twice, in at least fp32.
 
     o and lse are functions of q, k, v, so their part of the derivative is in the formula.
     """
-    from fastattn import reference
-
     saved = ctx.saved_tensors
     *numbers, need = ctx.numbers
     shared = Shared(*saved[6:], *numbers)
@@ -221,13 +231,7 @@ def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
         q_, k_, v_, bias_, sinks_ = map(leaf, (q, k, v, shared.bias, shared.sinks))
         upstream_ = tuple(map(leaf, upstream))
         shared.bias, shared.sinks = bias_, sinks_
-        kwargs = shared.reference_kwargs()
-        if shared.cu_seqlens_q is not None and shared.cu_seqlens_k is not None:
-            outputs = reference.attention_varlen(
-                q_, k_, v_, shared.cu_seqlens_q, shared.cu_seqlens_k, **kwargs
-            )
-        else:
-            outputs = reference.attention(q_, k_, v_, **kwargs)
+        outputs = _by_formula(q_, k_, v_, shared)
         pairs = [(o, g) for o, g in zip(outputs, upstream_, strict=False) if g is not None]
         inputs = [
             x for i, x in enumerate((q_, k_, v_, bias_, sinks_)) if need >> i & 1 and x is not None
@@ -296,7 +300,8 @@ def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     if _logical_dim(x, dim) <= 1:
         return x if dim is None else x.select(dim, 0)
     x = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
-    return x.flatten(0, 1)
+    x = x.flatten(0, 1)
+    return x.contiguous() if x.dim() == 3 else x  # lse: of a batch of 1 the expansion is a view
 
 
 def _vmap_batched(n_lead: int, op: Any) -> Any:
@@ -420,21 +425,21 @@ class _Ops:
             o, lse, _, w = self.fwd_op(q, k, v, *shared)
             return o, lse, w
         bias, sinks = shared[_BIAS], shared[_SINKS]
-        # Forward-mode AD has no rule here, and an autograd Function says so; below autograd a
-        # tangent would be lost.
-        if torch.autograd.forward_ad._current_level < 0:
-            if functorch_active():
-                o, lse, _, w = self.functorch_forward.apply(q, k, v, *shared)
-                return o, lse, w
-            if not torch.is_grad_enabled() or not (
-                q.requires_grad
-                or k.requires_grad
-                or v.requires_grad
-                or (bias is not None and bias.requires_grad)
-                or (sinks is not None and sinks.requires_grad)
-            ):
-                o, lse, _, w = below_autograd(self.fwd_op, (q, k, v, *shared))
-                return o, lse, w
+        if torch.autograd.forward_ad._current_level >= 0:  # forward mode: the formula has a rule
+            o, lse, *weights = _by_formula(q, k, v, Shared(*shared))
+            return o, lse, weights[0] if weights else None
+        if functorch_active():
+            o, lse, _, w = self.functorch_forward.apply(q, k, v, *shared)
+            return o, lse, w
+        if not torch.is_grad_enabled() or not (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (sinks is not None and sinks.requires_grad)
+        ):
+            o, lse, _, w = below_autograd(self.fwd_op, (q, k, v, *shared))
+            return o, lse, w
         o, lse, *weights = self.eager_forward.apply(q, k, v, bias, sinks, shared)
         return o, lse, weights[0] if weights else None
 

@@ -141,12 +141,17 @@ def unswap(model: torch.nn.Module) -> bool:
     Returns:
         Whether there was anything to undo.
 
+    Raises:
+        TypeError: that is no module.
+
     >>> import torch, fastattn
     >>> model = torch.nn.TransformerEncoderLayer(32, 4)
     >>> _ = fastattn.swap(model)
     >>> fastattn.unswap(model), type(model.self_attn) is torch.nn.MultiheadAttention
     (True, True)
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"fastattn.unswap: model must be an nn.Module, got {type(model).__name__}")
     undone = False
     for module in list(model.modules()):
         module.__dict__.pop(_transformers.OFF, None)
