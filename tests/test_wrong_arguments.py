@@ -123,6 +123,15 @@ def test_no_module_to_undo(what: Any) -> None:
 
 
 @pytest.mark.parametrize("name", RIGHT)
+def test_sparse(name: str) -> None:
+    args, tensors, _ = RIGHT[name]
+    first = tensors.split()[0]
+    sparse = args[first].to_sparse()
+    with pytest.raises(TypeError, match=rf"{name}: {first}\b.*must be a strided tensor.*to_dense"):
+        getattr(fastattn, name)(**{**args, first: sparse})
+
+
+@pytest.mark.parametrize("name", RIGHT)
 def test_another_type(name: str) -> None:
     args, _, others = RIGHT[name]
     for wrong in others.split():

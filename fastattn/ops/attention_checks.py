@@ -24,6 +24,15 @@ def fail(op: str, message: str, kind: type[Exception] = ValueError) -> NoReturn:
     raise kind(f"fastattn::{op}: {message}")
 
 
+def check_strided(op: str, name: str, x: Tensor) -> None:
+    if x.layout is not torch.strided:
+        fail(
+            op,
+            f"{name} must be a strided tensor, got layout {x.layout}; x.to_dense() makes one",
+            TypeError,
+        )
+
+
 def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
@@ -41,6 +50,8 @@ def _plainly_right(q: Any, k: Any, v: Any, dims: int) -> bool:
     dtype, device, shape, k_shape = q.dtype, q.device, q.shape, k.shape
     if dtype not in _FLOATS or k.dtype is not dtype or v.dtype is not dtype:
         return False
+    if not (q.layout is k.layout is v.layout is torch.strided):
+        return False
     if k.device != device or v.device != device or v.shape != k_shape:
         return False
     if len(shape) != dims or len(k_shape) != dims or k_shape[-1] != shape[-1] or not shape[-1]:
@@ -54,6 +65,7 @@ def _explain_qkv(op: str, q: Any, k: Any, v: Any, dims: int, layout: str) -> Non
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             fail(op, f"{name} must be a Tensor, got {type(x).__name__}", TypeError)
+        check_strided(op, name, x)
         if x.dim() != dims:
             fail(op, f"{name} must have {dims} dimensions {layout}, got shape {_shape(x)}")
     if q.dtype not in _FLOATS:

@@ -20,6 +20,7 @@ from fastattn.ops.attention_checks import (
     check_alibi,
     check_broadcast,
     check_sinks,
+    check_strided,
     check_vector,
     fail,
 )
@@ -74,6 +75,7 @@ def check_call(call: Call) -> None:
 def _check_four(name: str, x: Any, layout: str) -> None:
     if not isinstance(x, Tensor):
         fail(OP, f"{name} must be a Tensor, got {type(x).__name__}", TypeError)
+    check_strided(OP, name, x)
     if x.dim() != 4:
         fail(OP, f"{name} must have 4 dimensions {layout}, got shape {_shape(x)}")
 

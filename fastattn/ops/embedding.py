@@ -12,7 +12,7 @@ from fastattn.backends import select
 from fastattn.ops import embedding_op as op
 from fastattn.ops import layernorm_checks as check
 from fastattn.ops._eager import wants_grad
-from fastattn.ops.attention_checks import check_bool, fail, seed_tensor
+from fastattn.ops.attention_checks import check_bool, check_strided, fail, seed_tensor
 from fastattn.ops.layernorm import NormName
 from fastattn.ops.layernorm_op import NORMS
 from fastattn.reference.embedding import sinusoidal_positions
@@ -182,6 +182,7 @@ def _check_tables(ids: Any, weight: Any, position_weight: Any, segment_weight: A
 def _check_index(name: str, index: Any, weight: Tensor) -> None:
     if not isinstance(index, Tensor):
         fail(_NAME, f"{name} must be a Tensor, got {type(index).__name__}", TypeError)
+    check_strided(_NAME, name, index)
     if index.dtype not in (torch.int64, torch.int32):
         fail(_NAME, f"{name} must be int64 or int32, got {index.dtype}", TypeError)
     if index.device != weight.device:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention_checks import fail
+from fastattn.ops.attention_checks import check_strided, fail
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,6 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_x(op: str, x: Any, name: str = "x") -> None:
     if not isinstance(x, Tensor):
         fail(op, f"{name} must be a Tensor, got {type(x).__name__}", TypeError)
+    check_strided(op, name, x)
     if x.dtype not in FLOATS:
         fail(op, f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}", TypeError)
     if x.dim() == 0:

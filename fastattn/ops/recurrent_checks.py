@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn._debug import debug_checks_enabled
-from fastattn.ops.attention_checks import fail
+from fastattn.ops.attention_checks import check_strided, fail
 from fastattn.ops.layernorm_checks import FLOATS
 from fastattn.reference.recurrent import GATES, LSTM, Weights, by_layer, entry_size
 
@@ -31,6 +31,7 @@ _SAID = (
 def check_float(op: str, name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         fail(op, f"{name} must be a Tensor, got {type(x).__name__}", TypeError)
+    check_strided(op, name, x)
     if x.dtype not in FLOATS:
         fail(op, f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}", TypeError)
 
@@ -51,7 +52,7 @@ def check_goes_with(
 
 def check_x(op: str, x: Any, packed: bool, batch_first: bool) -> int:
     """A padded batch, one sequence, or the rows of a packed batch; returns its dimensions."""
-    if type(x) is Tensor and x.dtype in FLOATS:
+    if type(x) is Tensor and x.dtype in FLOATS and x.layout is torch.strided:
         dims = x.dim()
         if dims == 2 or (dims == 3 and not packed):
             return dims
