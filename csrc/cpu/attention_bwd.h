@@ -168,7 +168,7 @@ class BackwardWorker {
     engine_.scores(rb, s, r0, j0, n, n_padded, S);
     const bool dS_wanted = dq_ || dk_ || dbias_;
     if (g_.d_o.ptr && dS_wanted)
-      engine_.dprobs(r0, rb.n, j0, n_padded, dP);
+      engine_.dprobs(rb, s, r0, j0, n, n_padded, dP);
     else
       std::fill_n(dP, rb.n * E::kBN, 0.f);
     const bool whole = prob_.plain && state == Problem::Tile::kFull && j0 >= rb.full_lo &&

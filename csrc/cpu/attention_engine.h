@@ -195,15 +195,16 @@ class FmaEngine {
     }
   }
 
-  // Rows [r0, r0 + R) against keys [t, t + W); beyond key n - 1 that key again (masked later).
+  // Rows [r0, r0 + R) against keys [t, t + W); 0 beyond key n - 1 (masked later).
   template <class T, int R>
   FASTATTN_NOINLINE void dots(const T* k0, int64_t t, int64_t n, int r0, float* S) const {
     vf part[R][W];
+    const int keys = int(std::clamp<int64_t>(n - t, 0, W));
     for (int x = 0; x < W; ++x) {
       vf c[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) c[r] = vf{};
-      multiply(k0 + std::min(t + x, n - 1) * p.k.s, r0, c);
+      if (x < keys) multiply(k0 + (t + x) * p.k.s, r0, c);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) part[r][x] = c[r];
     }

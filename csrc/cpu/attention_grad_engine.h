@@ -17,51 +17,64 @@ class FmaGradEngine {
   static constexpr int kExpDegree = 6;
 
   explicit FmaGradEngine(const AttentionParams& params)
-      : p(params), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)), few_(params) {}
+      : p(params),
+        D(p.D),
+        Dv(p.Dv),
+        Dp(round_up(D, W)),
+        Dvp(round_up(Dv, W)),
+        few_(few_rows(p)),
+        of_k_(dots_with(p, p.k, D)),
+        of_v_(dots_with(p, p.v, Dv)),
+        q_by_k_(of_k_),
+        do_by_v_(of_v_) {}
 
   const AttentionParams& p;
   const int64_t D, Dv, Dp, Dvp;
 
   void load_keys(const Sequence& s, int64_t hk, int64_t lo, int64_t hi) {
     lo_ = lo;
-    if (few_rows(p)) few_.load_keys(s, hk, lo, hi, true);
     const int64_t n = hi - lo;
     const char* k = row_at(p.k, p.dtype, s.b, hk, s.k_start + lo);
+    k_ = natural(k, p.k, n, D, Dp, k_buf_);
+    if (few_) {
+      q_by_k_.load_keys(s, hk, lo, hi, true);
+      return do_by_v_.load_keys(s, hk, lo, hi, true);
+    }
     const char* v = row_at(p.v, p.dtype, s.b, hk, s.k_start + lo);
     pack_transposed<kPanel>(p.dtype, k, p.k.s, p.k.d, n, D,
                             kt_.reserve(transposed_size<kPanel>(n, D)));
     pack_transposed<kPanel>(p.dtype, v, p.v.s, p.v.d, n, Dv,
                             vt_.reserve(transposed_size<kPanel>(n, Dv)));
-    k_ = natural(k, p.k, n, D, Dp, k_buf_);
   }
 
   // Rows [first, last) of head h; d_o null = no gradient of o.
   void load_rows(const Sequence& s, const Operand& d_o, int64_t h, int64_t first, int64_t last) {
     const int64_t n = last - first;
     const char* q = row_at(p.q, p.dtype, s.b, h, s.q_start + first);
-    pack_transposed<kMR>(p.dtype, q, p.q.s, p.q.d, n, D, qt_.reserve(transposed_size<kMR>(n, D)));
     q_ = natural(q, p.q, n, D, Dp, q_buf_);
-    has_do_ = d_o.ptr != nullptr;
-    if (!has_do_) return;
+    if (!few_)
+      pack_transposed<kMR>(p.dtype, q, p.q.s, p.q.d, n, D, qt_.reserve(transposed_size<kMR>(n, D)));
+    if (!d_o.ptr) return;
     const char* g = row_at(d_o, p.dtype, s.b, h, s.q_start + first);
-    pack_transposed<kMR>(p.dtype, g, d_o.s, d_o.d, n, Dv,
-                         dot_.reserve(transposed_size<kMR>(n, Dv)));
     do_ = natural(g, d_o, n, Dv, Dvp, do_buf_);
+    of_v_.q = d_o;
+    if (!few_)
+      pack_transposed<kMR>(p.dtype, g, d_o.s, d_o.d, n, Dv,
+                           dot_.reserve(transposed_size<kMR>(n, Dv)));
   }
 
   // r0: first row of the block, counted from load_rows' first; a multiple of kBM. S is the
   // forward's to the last bit: P = exp(S - lse) would be off by as much as S.
   void scores(const RowBlock& rb, const Sequence& s, int64_t r0, int64_t j0, int64_t n,
               int64_t n_padded, float* S) {
-    if (few_rows(p)) {
-      few_.load_queries(rb, s);
-      return few_.scores(rb, j0, n, n_padded, S);
-    }
+    if (few_) return few_dots(q_by_k_, rb, s, j0, n, n_padded, S);
     gemm<1>(false, rb.n, n_padded, D, qt_.data() + r0 * D, {kMR * D, kMR},
             kt_.data() + (j0 - lo_) * D, {kPanel * D, kPanel}, S, kBN);
   }
-  void dprobs(int64_t r0, int n, int64_t j0, int64_t n_padded, float* dP) const {
-    gemm<1>(false, n, n_padded, Dv, dot_.data() + r0 * Dv, {kMR * Dv, kMR},
+  void dprobs(const RowBlock& rb, const Sequence& s, int64_t r0, int64_t j0, int64_t n,
+              int64_t n_padded, float* dP) {
+    if (few_) return few_dots(do_by_v_, rb, s, j0, n, n_padded, dP);
+    gemm<1>(false, rb.n, n_padded, Dv, dot_.data() + r0 * Dv, {kMR * Dv, kMR},
             vt_.data() + (j0 - lo_) * Dv, {kPanel * Dv, kPanel}, dP, kBN);
   }
   void finish_tile(int, int64_t, const float*, const float*) {}
@@ -105,9 +118,23 @@ class FmaGradEngine {
     return {buf.data(), padded};
   }
 
-  bool has_do_ = false;
+  // The forward's engine, where rows are few: nothing is packed, each key is read where it lies.
+  static void few_dots(FmaEngine& engine, const RowBlock& rb, const Sequence& s, int64_t j0,
+                       int64_t n, int64_t n_padded, float* out) {
+    engine.load_queries(rb, s);
+    engine.scores(rb, j0, n, n_padded, out);
+  }
+  // The call for that engine's products with the rows of x, width long. It has no values to add up.
+  static AttentionParams dots_with(const AttentionParams& p, const Operand& x, int64_t width) {
+    AttentionParams of = p;
+    of.k = x, of.D = width, of.Dv = 0;
+    return of;
+  }
+
   int64_t lo_ = 0;
-  FmaEngine few_;  // the forward's engine, where rows are few
+  const bool few_;
+  AttentionParams of_k_, of_v_;
+  FmaEngine q_by_k_, do_by_v_;
   Rows k_, q_, do_;
   Buffer<float> kt_, vt_, k_buf_, qt_, dot_, q_buf_, do_buf_;
 };
@@ -147,8 +174,9 @@ class AmxGradEngine {
               int64_t n_padded, float* S) const {
     product(q_, kt_, Dp, r0, rb.n, j0, n_padded, S);
   }
-  void dprobs(int64_t r0, int n, int64_t j0, int64_t n_padded, float* dP) const {
-    product(do_, vt_, Dvp, r0, n, j0, n_padded, dP);
+  void dprobs(const RowBlock& rb, const Sequence&, int64_t r0, int64_t j0, int64_t,
+              int64_t n_padded, float* dP) const {
+    product(do_, vt_, Dvp, r0, rb.n, j0, n_padded, dP);
   }
 
   // P and dS in bf16: as B tiles with rows as k (both), and row by row (dS).

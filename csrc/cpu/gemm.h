@@ -140,6 +140,10 @@ FASTATTN_NOINLINE void transpose_panel(const T* src, int64_t stride, int64_t her
   for (int64_t r = 0; r < end; r += kGroup) {
     const T* s = src + r * stride;
     const int64_t rows = here - r;
+    if (rows <= 0) {
+      for (int64_t c = 0; c < cols; ++c) store(dst + c * kWidth + r, vf{});
+      continue;
+    }
     for (int64_t c = 0; c < cols; c += W, s += W) {
       vf t[16] = {};
 #pragma GCC unroll 16
