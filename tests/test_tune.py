@@ -438,7 +438,7 @@ def test_a_folder_that_cannot_be_is_known_before_anything_is_measured(
     named = file if where == "a file" else file / "cache"
     monkeypatch.setenv("FASTATTN_TUNE_CACHE", str(named))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastattn.tune._measure", None)
+    monkeypatch.setattr(sys.modules["fastattn.tune"], "_measure", None)
     done = _command(*["mine.py:alone", "--inputs", "mine.py:inputs"])
     assert done.exit_code == 2, done.output
     assert str(named) in done.stderr

@@ -204,11 +204,14 @@ def _by_formula(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor
     from fastattn import reference
 
     kwargs = shared.reference_kwargs()
+    found: Any
     if shared.cu_seqlens_q is not None and shared.cu_seqlens_k is not None:
-        return reference.attention_varlen(
+        found = reference.attention_varlen(
             q, k, v, shared.cu_seqlens_q, shared.cu_seqlens_k, **kwargs
         )
-    return reference.attention(q, k, v, **kwargs)
+    else:
+        found = reference.attention(q, k, v, **kwargs)
+    return found  # type: ignore[no-any-return]
 
 
 def _bwd_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
