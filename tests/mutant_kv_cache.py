@@ -7,8 +7,7 @@ import numpy as np
 
 _INTS = (
     "B", "H", "Hk", "Sq", "Sn", "D", "Dv", "slots", "columns", "ragged", "half", "interleaved",
-    "causal", "left", "right", "alibi_b", "threads",
-    "bf16",
+    "causal", "left", "right", "alibi_b", "threads", "bf16",
 )  # fmt: skip
 _NUMBERS = ("scale", "softcap")
 _POINTERS = (

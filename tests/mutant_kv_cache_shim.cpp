@@ -1,5 +1,5 @@
-// Attention over a cache in fp32 or bf16, as a library of its own, for test_mutations_kv_cache.py: one C
-// entry point, compiled against a copy of csrc/cpu with a bug planted.
+// Attention over a cache in fp32 or bf16, as a library of its own, for test_mutations_kv_cache.py:
+// one C entry point, compiled against a copy of csrc/cpu with a bug planted.
 #include "attention_kv_cache_portable.cpp"
 #include "scratch.cpp"
 

@@ -113,6 +113,8 @@ MUTATIONS = (
 # In what AVX-512 alone has: blocks of rows, and a few tokens as lanes.
 WIDE_MUTATIONS = (
     Mutation("panel_depth_restarts", PANELS, "s += step, accumulate = true)", "s += step)"),
+    Mutation("panel_depths_not_added_up", PANELS, "accumulate ? c[r][v] + load(to) : c[r][v]",
+             "c[r][v]"),
     Mutation("panel_tail_of_two_lost", PANELS, "if (n & 2) {", "if (n & 2 && n < 2) {"),
     Mutation("narrow_panel_packed_wide", PANELS, "if (panels.width(m) == kWidth)", "if (true)"),
     Mutation("panel_of_other_rows", PANELS, "A += 6 * lda, C += 6 * ld)",

@@ -13,6 +13,8 @@ LSTM_MUTATIONS = (
     Mutation("g_and_o_swapped", LSTM, "g = tanh_of<kGrade>(in.x[2] + in.a[2]),"
              " o = sigmoid<kGrade>(in.x[3] + in.a[3]).y",
              "g = tanh_of<kGrade>(in.x[3] + in.a[3]), o = sigmoid<kGrade>(in.x[2] + in.a[2]).y"),
+    Mutation("f_taken_from_1", "activation.h", "return v > top ? vf{} : y;",
+             "return v > top ? vf{} : 1.f - y;"),
     Mutation("c_not_forgotten", LSTM, "fma(f, in.c, i * g)", "fma(i, g, in.c)"),
     Mutation("df_of_new_c", LSTM, "dc * in.c_old *", "dc * in.c *"),
     Mutation("no_slope_of_g", LSTM, "dc * i * (1.f - g * g)", "dc * i"),

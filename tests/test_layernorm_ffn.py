@@ -96,6 +96,18 @@ def test_recompute_changes_no_result(recompute: str, rows: int, gated: bool) -> 
         judge(ffn(rows, d=64, f=96, dtype=dtype, gated=gated, recompute=recompute, pre_norm=False))
 
 
+@pytest.mark.parametrize("rows", [4, 40, 300])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_the_corner_of_relu_in_16_bits(recompute: str, rows: int) -> None:
+    """Half of the hidden units lie within a rounding of their terms of the corner."""
+    call = ffn(rows, d=32, f=160, norm=None, activation="relu", recompute=recompute,
+               dtype=torch.bfloat16)  # fmt: skip
+    call.tensors["x"] = call.tensors["x"][:1].repeat(rows, 1)
+    products = call.tensors["x"][0].double() @ call.tensors["w1"].double().T
+    call.tensors["b1"][::2] = -products[::2].to(torch.bfloat16)
+    judge(call)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_values(kind: str, dtype: torch.dtype) -> None:
